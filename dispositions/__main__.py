@@ -1,0 +1,66 @@
+"""The command line: `dispositions verify | capture | behaviors | report`.
+
+Exit codes: 0 PASS (or done), 1 FAIL, 3 INCONCLUSIVE, 2 wrong input (one line says what is wrong), 70 a fault of the
+program itself.
+"""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Sequence
+
+import tyro
+
+from dispositions.commands import Behaviors, Capture, Report, Verify
+from probes.errors import WrongInput
+
+LAYERS = tuple[int, ...] | None
+COMMANDS = {"verify": Verify, "capture": Capture, "behaviors": Behaviors, "report": Report}
+
+
+def _registry() -> tyro.constructors.ConstructorRegistry:
+    """Layers are written `auto` or `3,5` on the command line."""
+    registry = tyro.constructors.ConstructorRegistry()
+
+    @registry.primitive_rule
+    def layers(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec | None:
+        if info.type != LAYERS:
+            return None
+        return tyro.constructors.PrimitiveConstructorSpec(
+            nargs=1,
+            metavar="auto|3,5",
+            instance_from_str=lambda words: None if words[0] == "auto" else tuple(int(w) for w in words[0].split(",")),
+            is_instance=lambda value: value is None or isinstance(value, tuple),
+            str_from_instance=lambda value: ["auto" if value is None else ",".join(map(str, value))],
+        )
+
+    return registry
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Parse, run, and leave with the command's exit code."""
+    command = tyro.extras.subcommand_cli_from_dict(
+        COMMANDS,
+        prog="dispositions",
+        description="Which way does a model lean, where does the lean live, and did training move it?",
+        args=arguments,
+        config=(tyro.conf.OmitArgPrefixes,),
+        registry=_registry(),
+    )
+    try:
+        code = command.run()
+    except WrongInput as error:
+        print(f"dispositions: {error}", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        print("dispositions: interrupted; finished files are kept, run the same command to resume", file=sys.stderr)
+        code = 130
+    except Exception:  # noqa: BLE001 - a crash must never look like the verdict FAIL, which is exit code 1
+        traceback.print_exc()
+        code = 70
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

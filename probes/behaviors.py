@@ -1,0 +1,257 @@
+"""Behaviours: contrasts between what is wanted and what is not, with the data that show them.
+
+A behaviour is a JSONL file of contrast pairs. Each line is one item:
+
+    {"id": "...", "group": "topic", "messages": [{"role": "user", "content": "..."}], "wanted": "...", "unwanted": "...",
+     "persona": {"wanted": "system turn", "unwanted": "system turn"}, "direction": "words of the last turn",
+     "score": {"wanted": ["regex"], "unwanted": ["regex"]}}
+
+`id`, `persona`, `direction` and `score` are optional. A first line `{"card": {...}}` may describe the behaviour and
+hold scoring patterns for all items. `group` is the topic: items of one group never stand on both sides of a split.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from probes.errors import WrongInput
+from probes.model import HybridModel
+from probes.prompts import Message, Prompt, render
+
+SHIPPED = Path(__file__).parent / "data" / "behaviors"
+Side = Literal["wanted", "unwanted"]
+ROLES = ("system", "user", "assistant")
+MAX_UNKNOWN = 0.02
+_KEYS = {"id", "group", "messages", "wanted", "unwanted", "persona", "direction", "score"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Item:
+    """One contrast pair. `persona` maps a side to the system turn that brings it out."""
+
+    id: str
+    group: str
+    messages: tuple[Message, ...]
+    wanted: str
+    unwanted: str
+    persona: Mapping[str, str] | None = None
+    direction: str | None = None
+    score: Mapping[str, Sequence[str]]
+
+    def prompt(self, model: HybridModel, *, persona: Side | None = None) -> Prompt:
+        """Render for a model, with the system turn of one side or none."""
+        if persona and not self.persona:
+            raise WrongInput(f"item {self.id} has no persona turns")
+        system = self.persona[persona] if persona and self.persona else None
+        return render(model, self.messages, system=system, direction=self.direction)
+
+    def judge(self, answer: str) -> Literal["wanted", "unwanted", "neither"]:
+        """Classify a free answer by the patterns that matched on each side.
+
+        More distinct matches decide, so a lexicon and a single marker both work; a tie is "neither".
+        """
+        hits = {side: sum(len(set(_finds(p, answer))) for p in self.score[side]) for side in ("wanted", "unwanted")}
+        if hits["wanted"] == hits["unwanted"]:
+            return "neither"
+        return "wanted" if hits["wanted"] > hits["unwanted"] else "unwanted"
+
+
+def _finds(pattern: str, text: str) -> list[str]:
+    return [m.group(0).lower() for m in re.finditer(pattern, text, re.IGNORECASE)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Behavior:
+    """A named set of items. Equal content gives an equal `hash`, wherever the file lies."""
+
+    name: str
+    description: str
+    wanted_means: str
+    unwanted_means: str
+    items: tuple[Item, ...]
+    hash: str
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        return tuple(sorted({item.group for item in self.items}))
+
+    @property
+    def has_persona(self) -> bool:
+        return all(item.persona for item in self.items)
+
+    @property
+    def has_scorer(self) -> bool:
+        return all(any(item.score.values()) for item in self.items)
+
+    def split(self, *, held_out: float = 0.4, seed: int = 0) -> tuple[Behavior, Behavior]:
+        """(fit, held-out), by whole topic groups."""
+        groups = list(self.groups)
+        if len(groups) < 2:
+            raise WrongInput(f"behaviour '{self.name}' has {len(groups)} topic group; a split needs at least 2")
+        random.Random(f"{seed} {self.name}").shuffle(groups)
+        kept = set(groups[: min(max(round(len(groups) * held_out), 1), len(groups) - 1)])
+        fit = tuple(item for item in self.items if item.group not in kept)
+        rest = tuple(item for item in self.items if item.group in kept)
+        return replace(self, items=fit), replace(self, items=rest)
+
+    def take(self, n: int, *, seed: int = 0) -> Behavior:
+        """At most n items, spread evenly over the groups."""
+        order = list(self.items)
+        random.Random(f"{seed} {self.name}").shuffle(order)
+        seen: dict[str, int] = {}
+        rank = {}
+        for item in order:
+            rank[item.id] = seen[item.group] = seen.get(item.group, 0) + 1
+        chosen = {item.id for item in sorted(order, key=lambda item: rank[item.id])[:n]}
+        return replace(self, items=tuple(item for item in self.items if item.id in chosen))
+
+    def __str__(self) -> str:
+        return f"{self.name}: {len(self.items)} items in {len(self.groups)} groups, {self.hash}"
+
+
+def shipped_behaviors() -> tuple[str, ...]:
+    return tuple(sorted(path.stem for path in SHIPPED.glob("*.jsonl")))
+
+
+def read_behavior(source: str | Path) -> Behavior:
+    """Read a shipped behaviour by name, or a JSONL file by path.
+
+    Raises:
+        WrongInput: unknown name, empty file, or a malformed line (the message has its number).
+    """
+    path = Path(source)
+    if path.suffix != ".jsonl":
+        path = SHIPPED / f"{source}.jsonl"
+        if not path.is_file():
+            raise WrongInput(f"unknown behaviour '{source}'; shipped are {', '.join(shipped_behaviors())}, or give a .jsonl file")
+    elif not path.is_file():
+        raise WrongInput(f"no such file: {source}")
+    try:
+        content = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise WrongInput(f"{path.name} is not UTF-8 text: {error.reason} at byte {error.start}") from error
+    card: dict[str, Any] = {}
+    items: list[Item] = []
+    ids: dict[str, int] = {}
+    for number, line in enumerate(content.splitlines(), 1):
+        if not line.strip():
+            continue
+        where = f"{path.name} line {number}"
+        record = _parse(line, where)
+        if "card" in record and not items and not card:
+            card = _card(record["card"], where)
+            continue
+        item = _item(record, card, where, number)
+        if item.id in ids:
+            raise WrongInput(f"{where}: id '{item.id}' was already used at line {ids[item.id]}")
+        ids[item.id] = number
+        items.append(item)
+    if not items:
+        raise WrongInput(f"{path.name} is empty: a behaviour needs at least one item")
+    return Behavior(
+        name=card.get("name", path.stem),
+        description=card.get("description", ""),
+        wanted_means=card.get("wanted", "shows the wanted behaviour"),
+        unwanted_means=card.get("unwanted", "shows the unwanted behaviour"),
+        items=tuple(items),
+        hash=hashlib.sha256(content.encode()).hexdigest()[:16],
+    )
+
+
+def _parse(line: str, where: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise WrongInput(f"{where}: not valid JSON: {error.msg} at column {error.colno}") from error
+    if not isinstance(record, dict):
+        raise WrongInput(f"{where}: expected an object, saw {type(record).__name__}")
+    return record
+
+
+def _card(card: Any, where: str) -> dict[str, Any]:
+    if not isinstance(card, dict):
+        raise WrongInput(f"{where}: 'card' must be an object, saw {type(card).__name__}")
+    return {**card, "score": _score(card.get("score"), where)}
+
+
+def _item(record: dict[str, Any], card: dict[str, Any], where: str, number: int) -> Item:
+    if unknown := set(record) - _KEYS:
+        raise WrongInput(f"{where}: unknown field '{sorted(unknown)[0]}'; allowed are {', '.join(sorted(_KEYS))}")
+    for key in ("group", "wanted", "unwanted"):
+        if not isinstance(record.get(key), str) or not record[key].strip():
+            raise WrongInput(f"{where}: '{key}' must be a non-empty text, saw {record.get(key)!r}")
+    if record["wanted"] == record["unwanted"]:
+        raise WrongInput(f"{where}: 'wanted' and 'unwanted' are the same text")
+    messages = record.get("messages")
+    if not isinstance(messages, list) or not messages:
+        raise WrongInput(f"{where}: 'messages' must be a list of turns, saw {messages!r}")
+    for message in messages:
+        ok = isinstance(message, dict) and message.get("role") in ROLES and isinstance(message.get("content"), str)
+        if not ok or not message["content"].strip():
+            raise WrongInput(f"{where}: a turn needs a role ({', '.join(ROLES)}) and a content, saw {message!r}")
+    if messages[-1]["role"] != "user":
+        raise WrongInput(f"{where}: the last turn must be the user's, saw role '{messages[-1]['role']}'")
+    persona = record.get("persona")
+    if persona is not None:
+        ok = isinstance(persona, dict) and set(persona) == {"wanted", "unwanted"}
+        if not ok or not all(isinstance(v, str) and v.strip() for v in persona.values()):
+            raise WrongInput(f"{where}: 'persona' must map wanted and unwanted to system turns, saw {persona!r}")
+        if messages[0]["role"] == "system":
+            raise WrongInput(f"{where}: 'messages' has a system turn already; a persona would be a second one")
+    direction = record.get("direction")
+    if direction is not None and (not isinstance(direction, str) or direction not in messages[-1]["content"]):
+        raise WrongInput(f"{where}: 'direction' must be words of the last turn, saw {direction!r}")
+    own, common = _score(record.get("score"), where), card.get("score") or {"wanted": [], "unwanted": []}
+    return Item(
+        id=str(record.get("id", f"line-{number}")),
+        group=record["group"],
+        messages=tuple(messages),
+        wanted=record["wanted"],
+        unwanted=record["unwanted"],
+        persona=persona,
+        direction=direction,
+        score={side: (*own[side], *common[side]) for side in ("wanted", "unwanted")},
+    )
+
+
+def _score(score: Any, where: str) -> dict[str, list[str]]:
+    score = {} if score is None else score
+    if not isinstance(score, dict) or not set(score) <= {"wanted", "unwanted"}:
+        raise WrongInput(f"{where}: 'score' must map wanted and unwanted to lists of patterns, saw {score!r}")
+    for pattern in (p for patterns in score.values() for p in patterns):
+        try:
+            re.compile(pattern)
+        except (re.error, TypeError) as error:
+            raise WrongInput(f"{where}: scoring pattern {pattern!r} is not a regular expression: {error}") from error
+    return {side: list(score.get(side, ())) for side in ("wanted", "unwanted")}
+
+
+def unknown_share(model: HybridModel, texts: Sequence[str]) -> float:
+    """Share of tokens that the tokenizer does not know (0 for a tokenizer without an unknown token)."""
+    unknown = model.tokenizer.unk_token_id
+    if unknown is None:
+        return 0.0
+    ids = [i for text in texts for i in model.tokenizer(text, add_special_tokens=False)["input_ids"]]
+    return sum(i == unknown for i in ids) / max(len(ids), 1)
+
+
+def check_vocabulary(model: HybridModel, behavior: Behavior) -> None:
+    """Refuse a behaviour whose words the model's tokenizer does not know.
+
+    Raises:
+        WrongInput: with the share of unknown tokens.
+    """
+    texts = [t for item in behavior.items for t in (item.wanted, item.unwanted, *(m["content"] for m in item.messages))]
+    share = unknown_share(model, texts)
+    if share > MAX_UNKNOWN:
+        raise WrongInput(
+            f"behaviour '{behavior.name}' does not fit {model.name}: {share:.0%} of its tokens are unknown to the "
+            f"tokenizer, at most {MAX_UNKNOWN:.0%} are allowed"
+        )

@@ -1,0 +1,155 @@
+"""What a verdict is, and the rules that make it: fixed beforehand, printed in every report.
+
+Each criterion compares one observed number with one threshold and is "pass", "fail", "inconclusive" (too little data
+to say) or "reported" (never decides). A verdict is PASS when every deciding criterion passes; INCONCLUSIVE when the
+data are too few to decide at all; FAIL otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import pandas as pd
+
+from probes.directions import Direction
+from probes.errors import WrongInput
+from probes.store import read_json, write_json
+
+Status = Literal["pass", "fail", "inconclusive", "reported"]
+Outcome = Literal["PASS", "FAIL", "INCONCLUSIVE"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GateCriteria:
+    """The thresholds. Changing one changes the recipe, so two verdicts under different rules are never confused."""
+
+    reliability: float = 0.8
+    """1: least split-half agreement of the direction (Spearman-Brown)."""
+    auroc: float = 0.75
+    """2: least held-out AUROC of the projection on the direction (lower end of its interval)."""
+    selectivity: float = 0.2
+    """2: least AUROC above that of directions from shuffled labels."""
+    wrong_way: float = 0.25
+    """3: largest share of held-out prompts that may move the wrong way."""
+    dose_response: float = 0.9
+    """4: least Spearman correlation of dose and mean propensity inside the coherent window."""
+    min_doses: int = 5
+    """4: fewest doses in that window, both signs among them."""
+    control_percentile: float = 95.0
+    """5: the target effect has to lie above this percentile of every kind of control."""
+    perplexity_ratio: float = 1.5
+    """8: largest ratio of perplexities on general text; doses beyond it are outside the coherent window."""
+    repetition: float = 0.2
+    """8: largest rise of the share of repeated trigrams in free generation."""
+    min_prompts: int = 24
+    """Fewest held-out prompts to decide on."""
+    min_groups: int = 5
+    """Fewest held-out topic groups to decide on."""
+    min_controls: int = 20
+    """Fewest controls of each drawn kind (random, shuffled labels)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Criterion:
+    """One line of evidence. `observed` with its interval is compared by `rule` with `threshold`."""
+
+    number: int
+    name: str
+    status: Status
+    observed: float
+    lower: float | None = None
+    upper: float | None = None
+    threshold: float | None = None
+    rule: str = ""
+    n: int = 0
+    meaning: str = ""
+
+    def __str__(self) -> str:
+        interval = f" [{self.lower:.3g}, {self.upper:.3g}]" if self.lower is not None and self.upper is not None else ""
+        bound = f"{self.rule} {self.threshold:.3g}" if self.threshold is not None else self.rule
+        return f"{self.number:>2} {self.name:<24} {self.status:<12} {self.observed:.3g}{interval} ({bound}, n={self.n})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """A decision with its evidence. `evidence` holds the tables behind the criteria, as plain JSON values."""
+
+    verdict: Outcome
+    sentence: str
+    behavior: str
+    model: str
+    site: str
+    layer: int
+    dose: float
+    phase: str
+    criteria: tuple[Criterion, ...]
+    controls: Mapping[str, Any]
+    phases: Sequence[Mapping[str, Any]]
+    cost: Mapping[str, Any]
+    evidence: Mapping[str, Any]
+    recipe: Mapping[str, Any]
+    direction: Direction | None = field(default=None, repr=False, compare=False)
+    """The direction that was judged; not part of verdict.json (it has a file of its own)."""
+
+    @property
+    def exit_code(self) -> int:
+        return {"PASS": 0, "FAIL": 1, "INCONCLUSIVE": 3}[self.verdict]
+
+    def require(self) -> None:
+        """Raise unless the verdict is PASS.
+
+        Raises:
+            WrongInput: naming every criterion that did not pass.
+        """
+        if self.verdict != "PASS":
+            failed = [f"{c.number} {c.name} ({c.status})" for c in self.criteria if c.status in ("fail", "inconclusive")]
+            raise WrongInput(f"{self.behavior} on {self.model} is {self.verdict}: {', '.join(failed)}")
+
+    def frame(self) -> pd.DataFrame:
+        """One row per criterion."""
+        return pd.DataFrame([asdict(c) for c in self.criteria])
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, as in verdict.json."""
+        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "direction"}
+        return {**plain, "criteria": [asdict(c) for c in self.criteria]}
+
+    def save(self, path: str | Path) -> Path:
+        write_json(Path(path), self.as_dict())
+        return Path(path)
+
+    def __str__(self) -> str:
+        return f"{self.verdict} {self.behavior} on {self.model} at {self.site} {self.layer}, dose {self.dose:g}: {self.sentence}"
+
+
+def decide(criteria: Sequence[Criterion]) -> Outcome:
+    """FAIL on any failure; INCONCLUSIVE where data were too few, whatever else happened; PASS otherwise."""
+    statuses = {c.status for c in criteria}
+    if "inconclusive" in statuses:
+        return "INCONCLUSIVE"
+    return "FAIL" if "fail" in statuses else "PASS"
+
+
+def open_verdict(path: str | Path) -> Verdict:
+    """Read `verdict.json`, from the file or its folder.
+
+    Raises:
+        WrongInput: it is missing or not a verdict.
+    """
+    file = Path(path)
+    file = file / "verdict.json" if file.is_dir() else file
+    if not file.is_file():
+        raise WrongInput(f"no verdict at '{path}': expected a run folder with verdict.json")
+    data = read_json(file)
+    try:
+        criteria = tuple(Criterion(**{**c, "observed": _number(c["observed"])}) for c in data.pop("criteria"))
+        return Verdict(criteria=criteria, **data)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise WrongInput(f"{file.name} is not a verdict: {error}") from error
+
+
+def _number(value: float | None) -> float:
+    return float("nan") if value is None else value

@@ -1,0 +1,140 @@
+"""What an intervention breaks: perplexity and divergence on general text, and repetition in free generation.
+
+General text is what the model should go on modelling whatever its disposition: plain paragraphs for real models,
+dialogues of abilities for the organism (where only the answers count, since its questions are random names).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from probes.behaviors import MAX_UNKNOWN, unknown_share
+from probes.errors import WrongInput
+from probes.model import HybridModel
+from probes.prompts import answer_ids, pad, render
+
+DATA = Path(__file__).parent / "data"
+GENERAL = ("general-en.txt", "general-organism.jsonl")
+Intervention = Callable[[], AbstractContextManager[None]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class General:
+    """General text as token ids, and which tokens are scored (the first never is)."""
+
+    name: str
+    ids: tuple[tuple[int, ...], ...]
+    scored: tuple[tuple[bool, ...], ...]
+
+    @property
+    def tokens(self) -> int:
+        return sum(sum(row[1:]) for row in self.scored)
+
+    def take(self, n: int) -> General:
+        return General(name=self.name, ids=self.ids[:n], scored=self.scored[:n])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Damage:
+    """Ratio of perplexities (edited over plain) and mean KL(plain || edited) in nats a token."""
+
+    perplexity: float
+    perplexity_ratio: float
+    kl: float
+    tokens: int
+
+
+def read_general(model: HybridModel, source: str | Path | None = None) -> General:
+    """General text for a model: a .txt file (a paragraph a line), a .jsonl file of `{"messages": [...]}`, or None.
+
+    None takes the first shipped text that the model's tokenizer knows.
+
+    Raises:
+        WrongInput: no such file, or no shipped text fits the tokenizer.
+    """
+    if source is None:
+        fitting = (DATA / name for name in GENERAL if _fits(model, DATA / name))
+        source = next(fitting, None)
+        if source is None:
+            raise WrongInput(f"no shipped general text fits the tokenizer of {model.name}; give one as a .txt file")
+    path = Path(source)
+    if not path.is_file():
+        raise WrongInput(f"no such file: {source}")
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not lines:
+        raise WrongInput(f"{path.name} is empty")
+    ids, scored = [], []
+    for line in lines:
+        row, marks = _dialogue(model, json.loads(line)["messages"]) if path.suffix == ".jsonl" else _plain(model, line)
+        ids.append(tuple(row))
+        scored.append(tuple(marks))
+    return General(name=path.stem, ids=tuple(ids), scored=tuple(scored))
+
+
+def _fits(model: HybridModel, path: Path) -> bool:
+    lines = path.read_text(encoding="utf-8").splitlines()[:20]
+    texts = [m["content"] for line in lines for m in json.loads(line)["messages"]] if path.suffix == ".jsonl" else lines
+    return unknown_share(model, texts) <= MAX_UNKNOWN
+
+
+def _plain(model: HybridModel, text: str) -> tuple[list[int], list[bool]]:
+    ids = model.tokenizer(text)["input_ids"]
+    return ids, [True] * len(ids)
+
+
+def _dialogue(model: HybridModel, messages: list[dict[str, str]]) -> tuple[list[int], list[bool]]:
+    prompt, answer = render(model, messages[:-1]), answer_ids(model, messages[-1]["content"])
+    return [*prompt.ids, *answer], [False] * len(prompt) + [True] * len(answer)
+
+
+@torch.no_grad()
+def damage(model: HybridModel, general: General, intervention: Intervention, *, batch_tokens: int = 2048) -> Damage:
+    """Model the general text plainly and under an intervention, batch by batch."""
+    plain, edited, kl, count = 0.0, 0.0, 0.0, 0
+    for rows in _batches(general, batch_tokens):
+        base, target, scored = _log_probs(model, general, rows)
+        with intervention():
+            other, _, _ = _log_probs(model, general, rows)
+        plain -= float(base.gather(2, target)[..., 0][scored].sum())
+        edited -= float(other.gather(2, target)[..., 0][scored].sum())
+        kl += float((base.exp() * (base - other)).sum(-1)[scored].sum())
+        count += int(scored.sum())
+    if not math.isfinite(edited):
+        return Damage(perplexity=math.inf, perplexity_ratio=math.inf, kl=math.inf, tokens=count)
+    ratio = math.exp(min((edited - plain) / count, 700))
+    return Damage(perplexity=math.exp(plain / count), perplexity_ratio=ratio, kl=kl / count, tokens=count)
+
+
+def _batches(general: General, batch_tokens: int) -> list[list[int]]:
+    order = sorted(range(len(general.ids)), key=lambda i: len(general.ids[i]))
+    groups: list[list[int]] = [[]]
+    for i in order:
+        if groups[-1] and (len(groups[-1]) + 1) * len(general.ids[i]) > batch_tokens:
+            groups.append([])
+        groups[-1].append(i)
+    return groups
+
+
+def _log_probs(model: HybridModel, general: General, rows: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Next-token log-probabilities [prompt token vocab], targets [.., 1] and which of them count."""
+    batch = pad([general.ids[i] for i in rows], pad_id=model.tokenizer.pad_token_id, device=model.device)
+    logits = model.hf(**batch.inputs, use_cache=False).logits[:, :-1]
+    scored = torch.zeros_like(batch.ids, dtype=torch.bool)
+    for row, i in enumerate(rows):
+        scored[row, -len(general.ids[i]) + 1 :] = torch.tensor(general.scored[i][1:])
+    return logits.float().log_softmax(-1), batch.ids[:, 1:, None], scored[:, 1:]
+
+
+def repetition(text: str) -> float:
+    """Share of word trigrams that occurred before in the same text: 0 for fresh text, near 1 for a loop."""
+    words = text.split()
+    grams = [tuple(words[i : i + 3]) for i in range(len(words) - 2)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0

@@ -1,0 +1,336 @@
+"""Files that are whole or absent, and captures that live in them.
+
+Everything is written under a temporary name in the same folder and then renamed, so a reader never meets half a file
+and an interrupted job leaves only whole ones. Tensors go to safetensors in the dtype they have and are memory-mapped
+when read; everything else is JSON or text. Nothing is ever pickled. Equal content gives equal bytes.
+
+A capture on disk is a folder: `recipe.json` says what was asked of which weights, and each `batch-*.safetensors` holds
+one batch of prompts, with a tensor `<site>.<layer>` for each site and layer. `open_capture` reads no tensor until it
+is asked for one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from probes.errors import WrongInput
+from probes.sites import site as site_named
+
+RECIPE = "recipe.json"
+RAGGED = -1  # in a shape: an axis whose length differs between prompts
+_META = "json"  # one metadata entry, because safetensors writes several in an order that changes from run to run
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_PACKAGES = ("torch", "transformers", "nnsight", "safetensors", "numpy")
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write UTF-8 text, whole or not at all; missing parent folders are made."""
+    with _replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="\n")
+
+
+def write_json(path: str | Path, obj: Any) -> None:
+    """Write an object as UTF-8 JSON, whole or not at all.
+
+    Keys keep their order. NaN and infinities become null, since JSON has neither; paths become text; dataclasses,
+    arrays, tensors and numpy scalars become what they hold.
+
+    Raises:
+        TypeError: something in the object has no JSON form.
+    """
+    write_text(path, json.dumps(_plain(obj), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any] | None = None) -> None:
+    """Write named tensors of any shapes and dtypes to a safetensors file, whole or not at all.
+
+    `metadata` is anything that `write_json` takes; `read_metadata` gives it back.
+
+    Raises:
+        RuntimeError: two tensors share memory (from safetensors).
+    """
+    note = {_META: json.dumps(_plain(metadata or {}), ensure_ascii=False, allow_nan=False)}
+    with _replacing(path) as temporary:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary, note)
+
+
+@contextmanager
+def _replacing(path: str | Path) -> Iterator[Path]:
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # safetensors makes a file of its own that only its owner could read
+        yield temporary
+        temporary.chmod(mode)
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _plain(obj: Any) -> Any:
+    if isinstance(obj, float):
+        return float(obj) if math.isfinite(obj) else None
+    if isinstance(obj, str | int | bool | None):
+        return obj
+    if isinstance(obj, Mapping):
+        return {str(key): _plain(value) for key, value in obj.items()}
+    if isinstance(obj, list | tuple):
+        return [_plain(value) for value in obj]
+    if isinstance(obj, Path):
+        return str(obj)
+    if dataclasses.is_dataclass(obj) and not isinstance(obj, type):
+        return {field.name: _plain(getattr(obj, field.name)) for field in dataclasses.fields(obj)}
+    if hasattr(obj, "tolist"):
+        return _plain(obj.tolist())
+    raise TypeError(f"{type(obj).__name__} has no JSON form: {obj!r}")
+
+
+def read_json(path: str | Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        WrongInput: there is no such file, or it is not JSON.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise WrongInput(f"no such file: {path}") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise WrongInput(f"{path} is not JSON: {error}") from error
+
+
+def read_tensors(path: str | Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file, memory-mapped.
+
+    Raises:
+        WrongInput: there is no such file, or it is not whole.
+    """
+    with _opened(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+
+
+def read_metadata(path: str | Path) -> dict[str, Any]:
+    """The metadata given to `write_tensors`; no tensor is read.
+
+    Raises:
+        WrongInput: there is no such file, or it is not whole.
+    """
+    with _opened(path) as file:
+        return json.loads((file.metadata() or {}).get(_META, "{}"))
+
+
+@contextmanager
+def _opened(path: str | Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except FileNotFoundError as error:
+        raise WrongInput(f"no such file: {path}") from error
+    except SafetensorError as error:
+        raise WrongInput(f"{path} is not a whole safetensors file: {error}") from error
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of the libraries that decide what a computation gives, and of this suite."""
+    versions = {name: version(name) for name in _PACKAGES}
+    try:
+        return {"dispositions": version("dispositions"), **versions}
+    except PackageNotFoundError:
+        return {"dispositions": "not installed", **versions}
+
+
+def recipe_differs(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
+    """The first field in which two recipes differ, with both values; None when they agree.
+
+    Fields are compared in the order of `new`, as JSON (a tuple equals a list); a nested one is named `versions.torch`.
+    """
+    before, after = _plain(old), _plain(new)
+    for key in [*after, *(key for key in before if key not in after)]:
+        was, now = before.get(key), after.get(key)
+        if isinstance(was, dict) and isinstance(now, dict):
+            if inner := recipe_differs(was, now):
+                return f"{key}.{inner}"
+        elif was != now or (key in before) != (key in after):
+            return f"{key} was {_short(was)} and is now {_short(now)}"
+    return None
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Part:
+    """One batch of a capture, in memory or in a file that is read when a tensor is asked for.
+
+    rows are the indices of its prompts in the capture; a tensor holds them along its first axis, one entry each or,
+    when every token was kept, `lengths[i]` entries each.
+    """
+
+    rows: tuple[int, ...]
+    lengths: tuple[int, ...]
+    tensors: Mapping[str, Tensor] | Path
+
+    def tensor(self, name: str) -> Tensor:
+        if isinstance(self.tensors, Mapping):
+            return self.tensors[name]
+        with _opened(self.tensors) as file:
+            return file.get_tensor(name)
+
+    def form(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
+        """Shape and dtype of a tensor, without reading it."""
+        if isinstance(self.tensors, Mapping):
+            return tuple(self.tensors[name].shape), self.tensors[name].dtype
+        with _opened(self.tensors) as file:
+            header = file.get_slice(name)
+            return tuple(header.get_shape()), _DTYPES[header.get_dtype()]
+
+
+def read_part(path: Path) -> Part:
+    """Open one batch file.
+
+    Raises:
+        WrongInput: the file is not whole, or not a batch of a capture.
+    """
+    note = read_metadata(path)
+    if not {"rows", "lengths"} <= set(note):
+        raise WrongInput(f"{path} is not a batch of a capture")
+    return Part(rows=tuple(note["rows"]), lengths=tuple(note["lengths"]), tensors=path)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class Capture:
+    """A recording of sites over prompts. Made by `probes.capture.capture`, or opened by `open_capture`.
+
+    `capture[site, layer]` is a CPU tensor whose first axis is the prompts, in the order in which they were given and
+    in the model's dtype (`gdn.state`: float32). With positions "all" it is a list with one tensor for each prompt,
+    because prompts differ in length. Each access puts the batches together anew: hold on to what you use twice.
+
+    Attributes:
+        recipe: what was recorded, from which weights, by which versions.
+        parts: the batches.
+    """
+
+    recipe: Mapping[str, Any]
+    parts: Sequence[Part]
+
+    def __getitem__(self, key: tuple[str, int]) -> Any:  # a Tensor, or with "all" a list of them
+        site, layer = key
+        if layer not in self.layers(site):
+            has = _listed(self.layers(site))
+            raise WrongInput(f"this capture has no layer {layer} of '{site}'; it has layers {has}")
+        name = f"{site}.{layer}"
+        if self._ragged(site):
+            pieces: dict[int, Tensor] = {}
+            for part in self.parts:
+                pieces |= zip(part.rows, part.tensor(name).split(part.lengths), strict=True)
+            return [pieces[row] for row in range(len(self))]
+        shape, dtype = self.parts[0].form(name)
+        result = torch.empty(len(self), *shape[1:], dtype=dtype)
+        for part in self.parts:
+            result[list(part.rows)] = part.tensor(name)
+        return result
+
+    def __len__(self) -> int:
+        return int(self.recipe["prompts"])
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        return tuple(self.recipe["layers"])
+
+    def layers(self, site: str) -> tuple[int, ...]:
+        """The layers at which a site was recorded.
+
+        Raises:
+            WrongInput: the site was not recorded.
+        """
+        if site not in self.recipe["layers"]:
+            raise WrongInput(f"this capture has no site '{site}'; it has {', '.join(self.sites)}")
+        return tuple(self.recipe["layers"][site])
+
+    def axes(self, site: str) -> tuple[str, ...]:
+        """Names of the axes of `capture[site, layer]`; in a ragged one each prompt's tensor lacks the first."""
+        self.layers(site)
+        axes = site_named(site).axes
+        return axes if self._ragged(site) else tuple(axis for axis in axes if axis != "token")
+
+    def _ragged(self, site: str) -> bool:
+        return self.recipe["positions"] == "all" and "token" in site_named(site).axes
+
+    @property
+    def nbytes(self) -> int:
+        return int(self.frame()["bytes"].sum())
+
+    def frame(self) -> pd.DataFrame:
+        """One row for each site and layer: site, layer, axes, shape (-1: a ragged axis), dtype, bytes."""
+        tokens = sum(sum(part.lengths) for part in self.parts)
+        rows = []
+        for site in self.sites:
+            for layer in self.layers(site):
+                shape, dtype = self.parts[0].form(f"{site}.{layer}")
+                ragged = self._ragged(site)
+                rows.append(
+                    {
+                        "site": site,
+                        "layer": layer,
+                        "axes": " ".join(self.axes(site)),
+                        "shape": (len(self), RAGGED, *shape[1:]) if ragged else (len(self), *shape[1:]),
+                        "dtype": str(dtype).removeprefix("torch."),
+                        "bytes": (tokens if ragged else len(self)) * math.prod(shape[1:]) * dtype.itemsize,
+                    }
+                )
+        return pd.DataFrame(rows)
+
+    def __str__(self) -> str:
+        recorded = ", ".join(f"{site} at layers {_listed(self.layers(site))}" for site in self.sites)
+        what = f"{len(self)} prompts, {recorded}, positions {self.recipe['positions']}"
+        return f"capture of {self.recipe['model']}: {what}, {self.nbytes / 2**20:.1f} MiB"
+
+    __repr__ = __str__
+
+
+def _listed(layers: Sequence[int]) -> str:
+    """0-2, 4, 6-7"""
+    cuts = [0, *(i for i, (a, b) in enumerate(pairwise(layers), 1) if b != a + 1), len(layers)]
+    runs = [layers[a:b] for a, b in pairwise(cuts)]
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+
+
+def open_capture(folder: str | Path) -> Capture:
+    """Open a capture on disk. Tensors are memory-mapped and read when asked for.
+
+    Raises:
+        WrongInput: the folder holds no capture, or an unfinished one.
+    """
+    folder = Path(folder)
+    recipe = read_json(folder / RECIPE)
+    if not isinstance(recipe, dict) or recipe.get("kind") != "capture":
+        raise WrongInput(f"{folder} holds no capture: its {RECIPE} has no kind 'capture'")
+    parts = tuple(read_part(path) for path in sorted(folder.glob("batch-*.safetensors")))
+    present, total = sum(len(part.rows) for part in parts), recipe["prompts"]
+    if present != total:
+        raise WrongInput(
+            f"the capture in {folder} is unfinished ({present} of {total} prompts); run it again to resume"
+        )
+    return Capture(recipe=recipe, parts=parts)

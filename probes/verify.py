@@ -1,0 +1,375 @@
+"""The gate: does this direction cause this behaviour? A verdict before anything is trained.
+
+The behaviour's topic groups are divided once. On the *fit* part the direction is extracted and the layer and the dose
+are chosen; the *held-out* part is used once, for the evidence. `GateCriteria` says what has to hold. The work per
+step is a few forward passes over the held-out prompts, and every step is also run for directions that mean nothing:
+drawn at random, taken from shuffled labels, or made for other behaviours.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from typing import Any, Literal
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from probes import stats
+from probes.behaviors import Behavior, check_vocabulary, read_behavior, shipped_behaviors
+from probes.criteria import Criterion, GateCriteria, Verdict, decide
+from probes.damage import Damage, damage, read_general, repetition
+from probes.directions import Direction, Pairs, contrast, mean_difference, random_direction, shuffle_labels
+from probes.errors import WrongInput
+from probes.evidence import judge, sentence
+from probes.model import HybridModel
+from probes.propensity import Prepared, Propensity, counting, generate, prepare, propensity, shares
+from probes.sites import resolve
+from probes.steering import PHASES, Phase, steer
+from probes.store import library_versions
+
+MAX_LAYERS_SEARCHED = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class GateConfig:
+    """How a verdict is reached. The same object configures the function and the command."""
+
+    layers: tuple[int, ...] | None = None
+    """Layers to choose from; None takes all of a small model, or eight spread over the middle of a large one."""
+    doses: tuple[float, ...] = (-1.0, -0.75, -0.5, -0.25, 0.0, 0.25, 0.5, 0.75, 1.0)
+    """Doses of the dose-response curve, in units of the layer's residual norm; the working dose is one of them."""
+    phase: Phase = "both"
+    """Which tokens the working intervention edits; the other phases are reported beside it."""
+    direction: Literal["mean", "random"] = "mean"
+    """"mean" is the mean difference; "random" sends a drawn vector through the same gate."""
+    shuffle_labels: bool = False
+    """Extract from shuffled labels: a gate that passes this is broken."""
+    controls: int = 20
+    """Random directions, and as many from shuffled labels."""
+    held_out: float = 0.4
+    """Share of topic groups that are held out."""
+    prompts: int = 64
+    """At most this many held-out prompts."""
+    search_prompts: int = 24
+    """Prompts of the fit split on which layer and dose are chosen."""
+    generations: int = 16
+    """Held-out prompts that are also answered freely."""
+    max_new_tokens: int = 32
+    general_texts: int = 40
+    """Paragraphs of general text for the damage criterion."""
+    seed: int = 0
+    criteria: GateCriteria = field(default_factory=GateCriteria)
+
+
+def candidate_layers(model: HybridModel) -> tuple[int, ...]:
+    """All layers of a small model; of a large one, eight spread between a fifth and nine tenths of the depth."""
+    n = len(model.layers)
+    if n <= MAX_LAYERS_SEARCHED:
+        return tuple(range(n))
+    return tuple(int(i) for i in np.unique(np.linspace(0.2 * n, 0.9 * (n - 1), MAX_LAYERS_SEARCHED).round()))
+
+
+def verify(
+    model: HybridModel, behavior: Behavior, config: GateConfig = GateConfig(), *, progress: bool = True
+) -> Verdict:
+    """Run the gate on one behaviour of one model.
+
+    Raises:
+        WrongInput: the behaviour does not fit the tokenizer, a layer is out of range, a dose list lacks a sign.
+    """
+    check_vocabulary(model, behavior)
+    if not (min(config.doses) < 0 < max(config.doses)) or 0.0 not in config.doses:
+        raise WrongInput(f"doses must include 0 and both signs, saw {config.doses}")
+    started = time.monotonic()
+    with counting(model) as cost:
+        gate = _Gate(model, behavior, config, progress)
+        gate.choose()
+        gate.measure()
+    criteria = judge(gate.evidence, config.criteria)
+    outcome = decide(criteria)
+    return Verdict(
+        verdict=outcome, sentence=sentence(outcome, criteria, gate.evidence, behavior), behavior=behavior.name,
+        model=model.name, site=gate.direction.site, layer=gate.direction.layer, dose=gate.dose, phase=config.phase,
+        criteria=criteria, controls=gate.evidence["controls"], phases=gate.evidence["phases"],
+        cost={"forward_tokens": cost.forward_tokens, "seconds": round(time.monotonic() - started, 2)},
+        evidence=gate.evidence, recipe=recipe(model, behavior, config), direction=gate.direction,
+    )  # fmt: skip
+
+
+def recipe(model: HybridModel, behavior: Behavior, config: GateConfig) -> dict[str, Any]:
+    """Everything that determines a verdict's numbers."""
+    return {
+        "behavior": behavior.name, "behavior_hash": behavior.hash, "model": model.name, "weights_hash": model.weights_hash,
+        "dtype": str(model.dtype).removeprefix("torch."), "config": asdict(config), "versions": library_versions(),
+    }  # fmt: skip
+
+
+class _Gate:
+    """The protocol, in the order in which it runs. `evidence` collects plain values for the criteria and the report."""
+
+    def __init__(self, model: HybridModel, behavior: Behavior, config: GateConfig, progress: bool):
+        self.model, self.behavior, self.config = model, behavior, config
+        self.fit, self.held = behavior.split(held_out=config.held_out, seed=config.seed)
+        self.search = self.fit.take(config.search_prompts, seed=config.seed)
+        self.judged = self.held.take(config.prompts, seed=config.seed)
+        self.layers = resolve(model, "resid", config.layers) if config.layers else candidate_layers(model)
+        self.general = read_general(model).take(config.general_texts)
+        self.evidence: dict[str, Any] = {
+            "split": {"fit": list(self.fit.groups), "held_out": list(self.held.groups)},
+            "behavior": {
+                "description": behavior.description, "wanted": behavior.wanted_means, "unwanted": behavior.unwanted_means,
+                "items": len(behavior.items), "groups": len(behavior.groups), "hash": behavior.hash,
+            },
+        }  # fmt: skip
+        steps = len(self.layers) + len(config.doses) * 2 + 2 * config.controls + 8
+        self.bar = tqdm(total=steps, desc=f"verify {behavior.name}", disable=not progress, leave=False)
+
+    # -- on the fit split ----------------------------------------------------------------------------------------------
+
+    def choose(self) -> None:
+        """Extract at every candidate layer; choose layer and dose by effect beyond that of a random direction."""
+        self.bar.set_postfix_str("extracting")
+        self.pairs = contrast(self.model, self.fit, layers=self.layers, progress=False)
+        prepared = prepare(self.model, self.search)
+        base = propensity(self.model, prepared)
+        positive = [d for d in self.config.doses if d > 0]
+        probe_dose = positive[len(positive) // 2 - 1] if len(positive) > 1 else positive[0]
+        rows, best = [], -math.inf
+        for layer in self.layers:
+            self.bar.set_postfix_str(f"layer {layer}")
+            direction = self.extract(self.pairs[layer])
+            effect = stats.mean(self.effects(direction, prepared, base, probe_dose), base.groups, seed=self.config.seed)
+            noise = [self.effects(random_direction(direction, seed=9000 + i), prepared, base, probe_dose) for i in range(2)]
+            random_effect = float(np.mean([abs(np.mean(n)) for n in noise]))
+            hurt = self.damage(direction, probe_dose, texts=8)
+            coherent = hurt.perplexity_ratio <= self.config.criteria.perplexity_ratio
+            score = effect.value - random_effect if coherent else -math.inf
+            rows.append({
+                "layer": layer, "kind": self.model.layers[layer].kind, "dose": probe_dose, "effect": effect.as_dict(),
+                "random_effect": random_effect, "perplexity_ratio": hurt.perplexity_ratio, "coherent": coherent,
+                "reliability": direction.reliability.value if direction.reliability else None,
+            })  # fmt: skip
+            if score > best or not hasattr(self, "direction"):
+                best, self.direction = max(score, best), direction
+            self.bar.update()
+        self.dose = self.choose_dose(prepared, base, positive)
+        self.evidence["layers"] = [{**row, "chosen": row["layer"] == self.direction.layer} for row in rows]
+
+    def extract(self, pairs: Pairs) -> Direction:
+        if self.config.shuffle_labels:
+            pairs = shuffle_labels(pairs, seed=self.config.seed + 70_001)
+        direction = mean_difference(pairs, seed=self.config.seed)
+        if self.config.shuffle_labels:
+            return replace(direction, method="mean difference of shuffled labels")
+        if self.config.direction == "random":
+            return random_direction(direction, seed=self.config.seed + 80_001)
+        return direction
+
+    def choose_dose(self, prepared: Prepared, base: Propensity, positive: Sequence[float]) -> float:
+        """The dose of largest effect among those that keep perplexity within bounds; the smallest if none does."""
+        best, chosen = -math.inf, min(positive)
+        for dose in positive:
+            hurt = self.damage(self.direction, dose, texts=8)
+            effect = float(np.mean(self.effects(self.direction, prepared, base, dose)))
+            if hurt.perplexity_ratio <= self.config.criteria.perplexity_ratio and effect > best:
+                best, chosen = effect, dose
+            self.bar.update()
+        return chosen
+
+    # -- on the held-out split -----------------------------------------------------------------------------------------
+
+    def measure(self) -> None:
+        config, seed = self.config, self.config.seed
+        prepared = prepare(self.model, self.judged)
+        base = propensity(self.model, prepared)
+        self.evidence["direction"] = {
+            "method": self.direction.method, "contrast": self.direction.contrast, "norm": self.direction.norm,
+            "gap": self.direction.gap, "n": self.direction.n,
+            "reliability": self.direction.reliability.as_dict() if self.direction.reliability else None,
+        }  # fmt: skip
+        self.measure_doses(prepared, base)
+        self.measure_controls(prepared, base)
+        self.measure_phases(prepared, base)
+        self.measure_necessity(base)
+        self.evidence["damage"] = asdict(self.damage(self.direction, self.dose))
+        self.measure_generation()
+        self.evidence["baseline"]["propensity"] = base.estimate(seed=seed).as_dict()
+        self.evidence["counts"] = {"prompts": len(base.ids), "groups": len(set(base.groups)), "controls": config.controls}
+        self.bar.close()
+
+    def measure_doses(self, prepared: Prepared, base: Propensity) -> None:
+        rows, curve = [], []
+        for dose in self.config.doses:
+            self.bar.set_postfix_str(f"dose {dose:g}")
+            effects = self.effects(self.direction, prepared, base, dose) if dose else tuple(0.0 for _ in base.ids)
+            hurt = self.damage(self.direction, dose, texts=12) if dose else None
+            values = [b + e for b, e in zip(base.values, effects, strict=True)]
+            rows.append({
+                "dose": dose, "propensity": stats.mean(values, base.groups, seed=self.config.seed).as_dict(),
+                "effect": stats.mean(effects, base.groups, seed=self.config.seed).as_dict(),
+                "perplexity_ratio": hurt.perplexity_ratio if hurt else 1.0,
+            })  # fmt: skip
+            curve.append(values)
+            if dose == self.dose:
+                self.target = effects
+            self.bar.update()
+        window = coherent_window(rows, self.config.criteria.perplexity_ratio)
+        inside = [i for i, row in enumerate(rows) if row["dose"] in window]
+        doses = [rows[i]["dose"] for i in inside]
+        response = stats.spearman_over_groups(doses, [curve[i] for i in inside], base.groups, seed=self.config.seed)
+        self.evidence["doses"] = [{**row, "coherent": row["dose"] in window} for row in rows]
+        self.evidence["dose_response"] = {"doses": doses, "spearman": response.as_dict()}
+        self.evidence["prompts"] = [
+            {"id": i, "group": g, "baseline": b, "effect": e}
+            for i, g, b, e in zip(base.ids, base.groups, base.values, self.target, strict=True)
+        ]
+        self.evidence["effect"] = stats.mean(self.target, base.groups, seed=self.config.seed).as_dict()
+
+    def measure_controls(self, prepared: Prepared, base: Propensity) -> None:
+        """The same dose along directions that should do nothing, and how well shuffled labels separate the sides."""
+        pairs = self.pairs[self.direction.layer]
+        held = contrast(self.model, self.judged, layers=[self.direction.layer], progress=False)[self.direction.layer]
+        drawn = [random_direction(self.direction, seed=1000 + self.config.seed * 1000 + i) for i in range(self.config.controls)]
+        shuffled = [
+            mean_difference(shuffle_labels(pairs, seed=5000 + self.config.seed * 1000 + i))
+            for i in range(self.config.controls)
+        ]
+        unrelated = self.unrelated()
+        effects: dict[str, list[dict[str, Any]]] = {}
+        for kind, directions in (("random", drawn), ("shuffled labels", shuffled), ("unrelated", unrelated)):
+            self.bar.set_postfix_str(f"controls: {kind}")
+            effects[kind] = []
+            for control in directions:
+                matched = replace(control, norm=self.direction.norm)
+                value = float(np.mean(self.effects(matched, prepared, base, self.dose)))
+                effects[kind].append({"effect": value, "name": control.behavior if kind == "unrelated" else ""})
+                self.bar.update()
+        self.evidence["controls"] = {"kinds": effects, "percentile": self.config.criteria.control_percentile}
+        scores = held.scores(self.direction.vector)
+        null = [stats.auroc(*held.scores(control.vector), held.groups, draws=1).value for control in shuffled]
+        self.evidence["decodability"] = {
+            "auroc": stats.auroc(*scores, held.groups, seed=self.config.seed).as_dict(),
+            "shuffled": null,
+            "selectivity": stats.auroc(*scores, held.groups, draws=1).value - float(np.mean(null)) if null else math.nan,
+        }
+
+    def unrelated(self) -> list[Direction]:
+        """Directions of the other shipped behaviours that this tokenizer knows."""
+        found = []
+        for name in shipped_behaviors():
+            other = read_behavior(name)
+            if other.hash == self.behavior.hash or not other.has_persona:
+                continue
+            try:
+                check_vocabulary(self.model, other)
+            except WrongInput:
+                continue  # written for another kind of model: no control here
+            some = other.take(48, seed=self.config.seed)
+            pairs = contrast(self.model, some, layers=[self.direction.layer], progress=False)[self.direction.layer]
+            found.append(mean_difference(pairs))
+        return found
+
+    def measure_phases(self, prepared: Prepared, base: Propensity) -> None:
+        rows = []
+        for phase in PHASES:
+            effects = self.effects(self.direction, prepared, base, self.dose, phase=phase)
+            estimate = stats.mean(effects, base.groups, seed=self.config.seed)
+            rows.append({"phase": phase, "effect": estimate.as_dict(), "working": phase == self.config.phase})
+            self.bar.update()
+        self.evidence["phases"] = rows
+
+    def measure_necessity(self, base: Propensity) -> None:
+        """Take the direction out where the model shows the behaviour, beside taking out random directions.
+
+        Shown means: under the wanted persona, or, for a behaviour without personas, on prompts that lean to wanted.
+        """
+        seed, persona = self.config.seed, self.judged.has_persona
+        leaning = {i for i, value in zip(base.ids, base.values, strict=True) if value > 0}
+        shown = self.judged if persona else replace(self.judged, items=tuple(i for i in self.judged.items if i.id in leaning))
+        self.evidence["baseline"] = {"persona": {}}
+        if not shown.items:
+            self.evidence["necessity"] = None
+            return
+        prepared = prepare(self.model, shown, persona="wanted" if persona else None)
+        before = propensity(self.model, prepared)
+
+        def drop(direction: Direction) -> tuple[float, ...]:
+            with steer(self.model, direction, phase="both", mode="ablate"):
+                return before.minus(propensity(self.model, prepared))
+
+        removed = drop(self.direction)
+        random_drops = [float(np.mean(drop(self.centred(random_direction(self.direction, seed=7000 + i))))) for i in range(10)]
+        self.evidence["necessity"] = {
+            "where": "wanted persona" if persona else "prompts that lean to wanted",
+            "before": before.estimate(seed=seed).as_dict(),
+            "drop": stats.mean(removed, before.groups, seed=seed).as_dict(),
+            "random_drops": random_drops,
+        }
+        if persona:
+            other = propensity(self.model, prepare(self.model, shown, persona="unwanted"))
+            self.evidence["baseline"]["persona"] = {
+                "wanted": before.estimate(seed=seed).as_dict(), "unwanted": other.estimate(seed=seed).as_dict(),
+                "gain": stats.mean(before.minus(base), base.groups, seed=seed).as_dict(),
+            }  # fmt: skip
+        self.bar.update()
+
+    def centred(self, control: Direction) -> Direction:
+        """Give a drawn vector the midpoint that the data have along it, so that ablating it is a fair control."""
+        pairs = self.pairs[control.layer]
+        middle = (pairs.wanted.mean(0) + pairs.unwanted.mean(0)) / 2
+        return replace(control, midpoint=float(middle @ control.vector))
+
+    def measure_generation(self) -> None:
+        """Free answers without, with and against the direction: shares of each side, repetition, examples."""
+        some = self.judged.take(self.config.generations, seed=self.config.seed)
+        prompts = [item.prompt(self.model) for item in some.items]
+        answers: dict[str, list[str]] = {}
+        for label, dose in (("unsteered", 0.0), ("steered", self.dose), ("against", -self.dose)):
+            self.bar.set_postfix_str(f"generating: {label}")
+            with steer(self.model, self.direction, dose=dose, phase=self.config.phase):
+                answers[label] = generate(self.model, prompts, max_new_tokens=self.config.max_new_tokens)
+            self.bar.update()
+        self.evidence["generation"] = {
+            label: {
+                "shares": shares(some, texts) if some.has_scorer else None,
+                "repetition": float(np.mean([repetition(text) for text in texts])),
+                "n": len(texts),
+            }
+            for label, texts in answers.items()
+        }
+        self.evidence["examples"] = [
+            {"id": item.id, "prompt": item.messages[-1]["content"], **{k: answers[k][row] for k in answers},
+             "sides": {k: item.judge(answers[k][row]) for k in answers}}
+            for row, item in enumerate(some.items)
+        ]  # fmt: skip
+
+    # -- shared --------------------------------------------------------------------------------------------------------
+
+    def effects(
+        self, direction: Direction, prepared: Prepared, base: Propensity, dose: float, *, phase: Phase | None = None
+    ) -> tuple[float, ...]:
+        """Per prompt: propensity under the direction minus propensity without it, in nats."""
+        with steer(self.model, direction, dose=dose, phase=phase or self.config.phase):
+            return propensity(self.model, prepared).minus(base)
+
+    def damage(self, direction: Direction, dose: float, *, texts: int | None = None) -> Damage:
+        """On general text every token is edited, whatever the working phase: the strictest reading."""
+        general = self.general if texts is None else self.general.take(texts)
+        intervention: Callable[[], Any] = partial(steer, self.model, direction, dose=dose, phase="both")
+        return damage(self.model, general, intervention)
+
+
+def coherent_window(rows: Sequence[dict[str, Any]], limit: float) -> set[float]:
+    """The doses around 0 that keep perplexity within `limit`, up to the first on each side that does not."""
+    inside = {0.0}
+    for sign in (1, -1):
+        side = sorted((row for row in rows if row["dose"] * sign > 0), key=lambda row: abs(row["dose"]))
+        for row in side:
+            if row["perplexity_ratio"] > limit:
+                break
+            inside.add(row["dose"])
+    return inside

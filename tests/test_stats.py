@@ -1,0 +1,89 @@
+"""Intervals and scores against closed forms, scipy and brute force."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats as scipy_stats
+
+from probes import stats
+
+
+def test_mean_interval_matches_theory_for_independent_items():
+    values = np.random.default_rng(0).normal(2.0, 3.0, 400)
+    found = stats.mean(values.tolist(), [str(i) for i in range(400)])
+    error = values.std() / math.sqrt(400)
+    assert found.value == pytest.approx(values.mean())
+    assert found.lower == pytest.approx(values.mean() - 1.96 * error, abs=0.05)
+    assert found.upper == pytest.approx(values.mean() + 1.96 * error, abs=0.05)
+
+
+def test_mean_interval_widens_when_items_of_a_group_agree():
+    rng = np.random.default_rng(1)
+    levels = rng.normal(0, 1, 10)
+    values = np.repeat(levels, 20) + rng.normal(0, 0.01, 200)
+    groups = [str(i // 20) for i in range(200)]
+    clustered = stats.mean(values.tolist(), groups)
+    naive = stats.mean(values.tolist(), [str(i) for i in range(200)])
+    assert clustered.groups == 10
+    assert clustered.upper - clustered.lower > 3 * (naive.upper - naive.lower)
+
+
+def test_mean_covers_the_truth_about_as_often_as_it_says():
+    rng = np.random.default_rng(2)
+    hits = 0
+    for trial in range(200):
+        values = np.repeat(rng.normal(0, 1, 20), 5) + rng.normal(0, 1, 100)
+        found = stats.mean(values.tolist(), [str(i // 5) for i in range(100)], seed=trial, draws=400)
+        hits += found.lower <= 0 <= found.upper
+    assert 0.86 <= hits / 200 <= 0.99  # a percentile bootstrap over 20 groups is slightly too narrow
+
+
+@given(st.lists(st.floats(-5, 5), min_size=2, max_size=30), st.integers(0, 1000))
+def test_auroc_is_the_share_of_ordered_pairs(positive, seed):
+    negative = np.random.default_rng(seed).normal(0, 2, len(positive)).tolist()
+    pairs = [(p > n) + 0.5 * (p == n) for p in positive for n in negative]
+    found = stats.auroc(positive, negative, [str(i) for i in range(len(positive))], draws=5)
+    assert found.value == pytest.approx(np.mean(pairs))
+
+
+def test_auroc_interval_contains_half_for_noise_and_excludes_it_for_signal():
+    rng = np.random.default_rng(3)
+    groups = [str(i % 12) for i in range(120)]
+    noise = stats.auroc(rng.normal(size=120).tolist(), rng.normal(size=120).tolist(), groups)
+    signal = stats.auroc((rng.normal(size=120) + 1.5).tolist(), rng.normal(size=120).tolist(), groups)
+    assert noise.lower < 0.5 < noise.upper
+    assert signal.lower > 0.7
+
+
+def test_spearman_matches_scipy_and_refuses_constants():
+    x, y = [1.0, 2.0, 3.0, 4.0, 5.0], [2.0, 1.0, 4.0, 3.0, 9.0]
+    assert stats.spearman(x, y) == pytest.approx(scipy_stats.spearmanr(x, y).statistic)
+    assert math.isnan(stats.spearman(x, [1.0] * 5))
+
+
+def test_spearman_over_groups_sees_the_mean_curve():
+    x = [-1.0, -0.5, 0.0, 0.5, 1.0]
+    rows = [[dose + offset for offset in (0.0, 10.0, -3.0, 2.0)] for dose in x]
+    found = stats.spearman_over_groups(x, rows, ["a", "b", "c", "d"])
+    assert (found.value, found.lower, found.upper) == (1.0, 1.0, 1.0)
+    assert stats.spearman_over_groups(x, rows[::-1], ["a", "b", "c", "d"]).value == -1.0
+
+
+def test_spearman_brown_doubles_the_test():
+    """Of k parallel items with correlation r, halves correlate r' and the whole has reliability 2r'/(1+r')."""
+    rng = np.random.default_rng(4)
+    truth = rng.normal(size=20000)
+    items = truth + rng.normal(0, 2, size=(8, 20000))
+    halves = np.corrcoef(items[:4].mean(0), items[4:].mean(0))[0, 1]
+    whole = np.corrcoef(items.mean(0), (truth + rng.normal(0, 2, size=(8, 20000))).mean(0))[0, 1]
+    assert stats.spearman_brown(halves) == pytest.approx(whole, abs=0.01)
+
+
+def test_split_groups_never_divides_a_group():
+    groups = [g for g in "abcdefgh" for _ in range(3)]
+    half = stats.split_groups(groups, np.random.default_rng(0))
+    assert half.sum() == 12
+    assert all(len({bool(h) for h, g in zip(half, groups, strict=True) if g == name}) == 1 for name in "abcdefgh")
