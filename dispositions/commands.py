@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
@@ -40,7 +40,7 @@ class Verify:
     """Folder of the run; runs/BEHAVIOR-MODEL when not given. A finished run of the same recipe is not repeated."""
     device: Device = "cpu"
     dtype: Dtype = "auto"
-    gate: GateConfig = GateConfig()
+    gate: GateConfig = field(default_factory=GateConfig)
 
     def run(self) -> int:
         behavior = read_behavior(self.behavior)
@@ -95,9 +95,7 @@ class Capture:
         check_vocabulary(model, behavior)
         prompts = _prompts(model, behavior, self.persona)
         out = self.out or Path("runs") / f"capture-{_slug(behavior.name)}-{_slug(Path(self.model).stem)}"
-        record = capture(
-            model, prompts, sites=self.sites, layers=self.layers, positions=self.positions, out=out
-        )
+        record = capture(model, prompts, sites=self.sites, layers=self.layers, positions=self.positions, out=out)
         print(record)
         print(out)
         return 0

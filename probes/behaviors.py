@@ -2,9 +2,9 @@
 
 A behaviour is a JSONL file of contrast pairs. Each line is one item:
 
-    {"id": "...", "group": "topic", "messages": [{"role": "user", "content": "..."}], "wanted": "...", "unwanted": "...",
-     "persona": {"wanted": "system turn", "unwanted": "system turn"}, "direction": "words of the last turn",
-     "score": {"wanted": ["regex"], "unwanted": ["regex"]}}
+    {"id": "...", "group": "topic", "messages": [{"role": "user", "content": "..."}],
+     "wanted": "...", "unwanted": "...", "persona": {"wanted": "system turn", "unwanted": "system turn"},
+     "direction": "words of the last turn", "score": {"wanted": ["regex"], "unwanted": ["regex"]}}
 
 `id`, `persona`, `direction` and `score` are optional. A first line `{"card": {...}}` may describe the behaviour and
 hold scoring patterns for all items. `group` is the topic: items of one group never stand on both sides of a split.
@@ -130,7 +130,9 @@ def read_behavior(source: str | Path) -> Behavior:
     if path.suffix != ".jsonl":
         path = SHIPPED / f"{source}.jsonl"
         if not path.is_file():
-            raise WrongInput(f"unknown behaviour '{source}'; shipped are {', '.join(shipped_behaviors())}, or give a .jsonl file")
+            raise WrongInput(
+                f"unknown behaviour '{source}'; shipped are {', '.join(shipped_behaviors())}, or give a .jsonl file"
+            )
     elif not path.is_file():
         raise WrongInput(f"no such file: {source}")
     try:

@@ -123,7 +123,7 @@ def capture(
             write_tensors(path, tensors, {"rows": batch.rows, "lengths": lengths})
         else:
             parts.append(Part(rows=batch.rows, lengths=lengths, tensors=tensors))
-    return open_capture(folder) if folder else Capture(recipe=recipe, parts=parts)
+    return open_capture(folder) if folder else Capture(recipe=recipe, parts=tuple(parts))
 
 
 def prompts_hash(prompts: Sequence[Prompt]) -> str:

@@ -105,7 +105,9 @@ class Verdict:
             WrongInput: naming every criterion that did not pass.
         """
         if self.verdict != "PASS":
-            failed = [f"{c.number} {c.name} ({c.status})" for c in self.criteria if c.status in ("fail", "inconclusive")]
+            failed = [
+                f"{c.number} {c.name} ({c.status})" for c in self.criteria if c.status in ("fail", "inconclusive")
+            ]
             raise WrongInput(f"{self.behavior} on {self.model} is {self.verdict}: {', '.join(failed)}")
 
     def frame(self) -> pd.DataFrame:
@@ -122,7 +124,8 @@ class Verdict:
         return Path(path)
 
     def __str__(self) -> str:
-        return f"{self.verdict} {self.behavior} on {self.model} at {self.site} {self.layer}, dose {self.dose:g}: {self.sentence}"
+        where = f"{self.site} {self.layer}, dose {self.dose:g}"
+        return f"{self.verdict} {self.behavior} on {self.model} at {where}: {self.sentence}"
 
 
 def decide(criteria: Sequence[Criterion]) -> Outcome:

@@ -170,6 +170,24 @@ def shuffle_labels(pairs: Pairs, *, seed: int) -> Pairs:
     )
 
 
+def shuffled_direction(pairs: Pairs, target: Direction, *, seed: int) -> Direction:
+    """A control with the target's norm: the mean difference of shuffled labels, at right angles to the target.
+
+    Where the pairs differ along one direction and little else, any weighted mean of their differences is plus or minus
+    that direction, however the labels are shuffled; at full length it would be the target itself and control nothing.
+    What is left after the target is taken out is another direction that the same data can produce.
+    """
+    raw = shuffle_labels(pairs, seed=seed).differences.mean(0)
+    raw = raw - (raw @ target.vector) * target.vector
+    length = float(raw.norm())
+    if length == 0.0:
+        raise WrongInput(f"the pairs of '{pairs.behavior}' differ along one direction only: no control can be shuffled")
+    vector, middle = raw / length, (pairs.wanted.mean(0) + pairs.unwanted.mean(0)) / 2
+    return replace(
+        target, vector=vector, midpoint=float(middle @ vector), gap=0.0, method="shuffled labels", reliability=None
+    )
+
+
 def random_direction(like: Direction, *, seed: int) -> Direction:
     """A vector drawn uniformly from the sphere, with the norm (so the dose) of another direction."""
     generator = torch.Generator().manual_seed(seed)

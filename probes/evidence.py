@@ -19,13 +19,13 @@ def judge(evidence: Evidence, rules: GateCriteria) -> tuple[Criterion, ...]:
     counts = evidence["counts"]
     enough = counts["prompts"] >= rules.min_prompts and counts["groups"] >= rules.min_groups
     return (
-        _data(counts, rules),
+        _data(counts, rules, enough),
         _reliability(evidence, rules),
         *_decodability(evidence, rules, enough),
         *_effect(evidence, rules, enough),
         _dose_response(evidence, rules, enough),
         _controls(evidence, rules, enough),
-        *_necessity(evidence, rules, enough),
+        _necessity(evidence, rules, enough),
         *_damage(evidence, rules),
         *_reported(evidence),
     )
@@ -44,153 +44,208 @@ def control_threshold(controls: Mapping[str, Any]) -> tuple[float, str]:
     return bars[worst], worst
 
 
+def _line(
+    number: int,
+    name: str,
+    status: Status,
+    found: Mapping[str, Any] | float,
+    *,
+    rule: str,
+    meaning: str,
+    threshold: float | None = None,
+    n: int | None = None,
+) -> Criterion:
+    """A criterion from an estimate (value, lower, upper, n) or from a bare number."""
+    if not isinstance(found, Mapping):
+        found = {"value": found, "lower": None, "upper": None, "n": 0}
+    return Criterion(
+        number=number,
+        name=name,
+        status=status,
+        observed=found["value"],
+        lower=found["lower"],
+        upper=found["upper"],
+        threshold=threshold,
+        rule=rule,
+        n=found["n"] if n is None else n,
+        meaning=meaning,
+    )
+
+
 def _status(passed: bool, enough: bool = True) -> Status:
     """Too little data never passes and never fails."""
     return ("pass" if passed else "fail") if enough else "inconclusive"
 
 
-def _data(counts: Mapping[str, int], rules: GateCriteria) -> Criterion:
-    enough = counts["prompts"] >= rules.min_prompts and counts["groups"] >= rules.min_groups
-    return Criterion(
-        number=0, name="enough data", status=_status(enough, enough), observed=counts["prompts"],
-        threshold=rules.min_prompts, rule=f"at least {rules.min_groups} held-out groups, and prompts >=", n=counts["groups"],
+def _data(counts: Mapping[str, int], rules: GateCriteria, enough: bool) -> Criterion:
+    return _line(
+        0,
+        "enough data",
+        _status(enough, enough),
+        float(counts["prompts"]),
+        threshold=float(rules.min_prompts),
+        rule=f"held-out prompts, in {counts['groups']} topic groups (>= {rules.min_groups}), >=",
+        n=counts["prompts"],
         meaning="Held-out prompts and topic groups to decide on; fewer give INCONCLUSIVE.",
-    )  # fmt: skip
+    )
 
 
 def _reliability(evidence: Evidence, rules: GateCriteria) -> Criterion:
     found = evidence["direction"]["reliability"]
     meaning = "Directions from two halves of the topics agree, so there is one thing to find."
     if found is None:
-        return Criterion(
-            number=1, name="reliability", status="reported", observed=math.nan, rule="not defined for a drawn vector",
-            meaning=meaning,
-        )  # fmt: skip
-    return Criterion(
-        number=1, name="reliability", status=_status(found["value"] >= rules.reliability), observed=found["value"],
-        lower=found["lower"], upper=found["upper"], threshold=rules.reliability, rule=">=", n=found["n"], meaning=meaning,
-    )  # fmt: skip
+        return _line(1, "reliability", "reported", math.nan, rule="not defined for a drawn vector", meaning=meaning)
+    status = _status(found["value"] >= rules.reliability)
+    return _line(1, "reliability", status, found, threshold=rules.reliability, rule=">=", meaning=meaning)
 
 
 def _decodability(evidence: Evidence, rules: GateCriteria, enough: bool) -> tuple[Criterion, ...]:
     auroc, gain = evidence["decodability"]["auroc"], evidence["decodability"]["selectivity"]
     return (
-        Criterion(
-            number=2, name="decodability", status=_status(auroc["lower"] >= rules.auroc, enough), observed=auroc["value"],
-            lower=auroc["lower"], upper=auroc["upper"], threshold=rules.auroc, rule="AUROC, lower end >=", n=auroc["n"],
+        _line(
+            2,
+            "decodability",
+            _status(auroc["lower"] >= rules.auroc, enough),
+            auroc,
+            threshold=rules.auroc,
+            rule="AUROC, lower end >=",
             meaning="On unseen topics the direction tells the two sides apart.",
         ),
-        Criterion(
-            number=2, name="selectivity", status=_status(gain >= rules.selectivity, enough), observed=gain,
-            threshold=rules.selectivity, rule="AUROC above shuffled labels >=", n=auroc["n"],
+        _line(
+            2,
+            "selectivity",
+            _status(gain >= rules.selectivity, enough),
+            gain,
+            threshold=rules.selectivity,
+            rule="AUROC above shuffled labels >=",
+            n=auroc["n"],
             meaning="Directions from shuffled labels do not.",
         ),
-    )  # fmt: skip
+    )
 
 
 def _effect(evidence: Evidence, rules: GateCriteria, enough: bool) -> tuple[Criterion, ...]:
     effect = evidence["effect"]
     wrong = float(np.mean([row["effect"] < 0 for row in evidence["prompts"]]))
     return (
-        Criterion(
-            number=3, name="effect", status=_status(effect["lower"] > 0, enough), observed=effect["value"],
-            lower=effect["lower"], upper=effect["upper"], threshold=0.0, rule="nats, lower end >", n=effect["n"],
+        _line(
+            3,
+            "effect",
+            _status(effect["lower"] > 0, enough),
+            effect,
+            threshold=0.0,
+            rule="nats, lower end >",
             meaning="Adding the direction makes the wanted answer more likely on unseen topics.",
         ),
-        Criterion(
-            number=3, name="wrong way", status=_status(wrong <= rules.wrong_way, enough), observed=wrong,
-            threshold=rules.wrong_way, rule="share of prompts <=", n=effect["n"],
+        _line(
+            3,
+            "wrong way",
+            _status(wrong <= rules.wrong_way, enough),
+            wrong,
+            threshold=rules.wrong_way,
+            rule="share of prompts <=",
+            n=effect["n"],
             meaning="Few single prompts move against it.",
         ),
-    )  # fmt: skip
+    )
 
 
 def _dose_response(evidence: Evidence, rules: GateCriteria, enough: bool) -> Criterion:
-    response = evidence["dose_response"]
-    doses, rho = response["doses"], response["spearman"]
+    doses, rho = evidence["dose_response"]["doses"], evidence["dose_response"]["spearman"]
     window = len(doses) >= rules.min_doses and min(doses) < 0 < max(doses)
-    return Criterion(
-        number=4, name="dose-response", status=_status(window and rho["value"] >= rules.dose_response, enough),
-        observed=rho["value"], lower=rho["lower"], upper=rho["upper"], threshold=rules.dose_response,
-        rule=f"Spearman over {len(doses)} coherent doses (>= {rules.min_doses}, both signs) >=", n=rho["n"],
+    return _line(
+        4,
+        "dose-response",
+        _status(window and rho["value"] >= rules.dose_response, enough),
+        rho,
+        threshold=rules.dose_response,
+        rule=f"Spearman over {len(doses)} coherent doses (>= {rules.min_doses}, both signs) >=",
         meaning="More of it does more, and its opposite does the opposite, while the model stays coherent.",
-    )  # fmt: skip
+    )
 
 
 def _controls(evidence: Evidence, rules: GateCriteria, enough: bool) -> Criterion:
-    kinds = evidence["controls"]["kinds"]
+    kinds, effect = evidence["controls"]["kinds"], evidence["effect"]
     drawn = min(len(kinds["random"]), len(kinds["shuffled labels"]))
     bar, worst = control_threshold(evidence["controls"])
-    effect = evidence["effect"]
-    return Criterion(
-        number=5, name="controls", status=_status(effect["value"] > bar, enough and drawn >= rules.min_controls),
-        observed=effect["value"], lower=effect["lower"], upper=effect["upper"], threshold=bar,
+    return _line(
+        5,
+        "controls",
+        _status(effect["value"] > bar, enough and drawn >= rules.min_controls),
+        effect,
+        threshold=bar,
         rule=f"nats, above the {rules.control_percentile:g}th percentile of |effect| ({worst}) >",
         n=sum(len(rows) for rows in kinds.values()),
         meaning="Directions of equal length that mean nothing, or something else, do less.",
-    )  # fmt: skip
+    )
 
 
-def _necessity(evidence: Evidence, rules: GateCriteria, enough: bool) -> tuple[Criterion, ...]:
+def _necessity(evidence: Evidence, rules: GateCriteria, enough: bool) -> Criterion:
     found = evidence["necessity"]
     meaning = "Taking the direction out weakens the behaviour where the model shows it."
     if found is None:
-        return (
-            Criterion(
-                number=6, name="necessity", status="inconclusive", observed=math.nan,
-                rule="no held-out prompt shows the behaviour", meaning=meaning,
-            ),
-        )  # fmt: skip
+        rule = "no held-out prompt shows the behaviour"
+        return _line(6, "necessity", "inconclusive", math.nan, rule=rule, meaning=meaning)
     drop = found["drop"]
     bar = float(np.percentile(np.abs(found["random_drops"]), rules.control_percentile))
-    return (
-        Criterion(
-            number=6, name="necessity", status=_status(drop["lower"] > 0 and drop["value"] > bar, enough),
-            observed=drop["value"], lower=drop["lower"], upper=drop["upper"], threshold=bar,
-            rule="nats lost, lower end > 0 and more than by random directions >", n=drop["n"], meaning=meaning,
-        ),
-    )  # fmt: skip
+    return _line(
+        6,
+        "necessity",
+        _status(drop["lower"] > 0 and drop["value"] > bar, enough),
+        drop,
+        threshold=bar,
+        rule="nats lost, lower end > 0 and more than by random directions >",
+        meaning=meaning,
+    )
 
 
 def _damage(evidence: Evidence, rules: GateCriteria) -> tuple[Criterion, ...]:
     hurt, made = evidence["damage"], evidence["generation"]
     rise = made["steered"]["repetition"] - made["unsteered"]["repetition"]
     return (
-        Criterion(
-            number=8, name="damage: perplexity", status=_status(hurt["perplexity_ratio"] <= rules.perplexity_ratio),
-            observed=hurt["perplexity_ratio"], threshold=rules.perplexity_ratio, rule="ratio on general text <=",
-            n=hurt["tokens"], meaning="The steered model still models ordinary text.",
+        _line(
+            8,
+            "damage: perplexity",
+            _status(hurt["perplexity_ratio"] <= rules.perplexity_ratio),
+            hurt["perplexity_ratio"],
+            threshold=rules.perplexity_ratio,
+            rule="ratio on general text <=",
+            n=hurt["tokens"],
+            meaning="The steered model still models ordinary text.",
         ),
-        Criterion(
-            number=8, name="damage: repetition", status=_status(rise <= rules.repetition), observed=rise,
-            threshold=rules.repetition, rule="rise of repeated trigrams <=", n=made["steered"]["n"],
+        _line(
+            8,
+            "damage: repetition",
+            _status(rise <= rules.repetition),
+            rise,
+            threshold=rules.repetition,
+            rule="rise of repeated trigrams <=",
+            n=made["steered"]["n"],
             meaning="Free answers do not fall into loops.",
         ),
-        Criterion(
-            number=8, name="damage: KL", status="reported", observed=hurt["kl"], rule="nats a token on general text",
-            n=hurt["tokens"], meaning="How far the next-token distribution moves at the working dose.",
+        _line(
+            8,
+            "damage: KL",
+            "reported",
+            hurt["kl"],
+            rule="nats a token on general text",
+            n=hurt["tokens"],
+            meaning="How far the next-token distribution moves at the working dose.",
         ),
-    )  # fmt: skip
+    )
 
 
 def _reported(evidence: Evidence) -> tuple[Criterion, ...]:
-    lines = [
-        Criterion(
-            number=9, name=f"phase: {row['phase']}", status="reported", observed=row["effect"]["value"],
-            lower=row["effect"]["lower"], upper=row["effect"]["upper"], rule="nats", n=row["effect"]["n"],
-            meaning="Effect when only these tokens are edited.",
-        )
+    meaning = "Effect when only these tokens are edited."
+    phases = [
+        _line(9, f"phase: {row['phase']}", "reported", row["effect"], rule="nats", meaning=meaning)
         for row in evidence["phases"]
-    ]  # fmt: skip
+    ]
     gain = evidence["baseline"]["persona"].get("gain")
-    if gain:
-        lines.append(
-            Criterion(
-                number=10, name="prompt baseline", status="reported", observed=gain["value"], lower=gain["lower"],
-                upper=gain["upper"], rule="nats", n=gain["n"], meaning="What simply asking (the wanted persona) does.",
-            )
-        )  # fmt: skip
-    return tuple(lines)
+    if not gain:
+        return tuple(phases)
+    meaning = "What simply asking (the wanted persona) does."
+    return (*phases, _line(10, "prompt baseline", "reported", gain, rule="nats", meaning=meaning))
 
 
 def sentence(outcome: Outcome, criteria: Sequence[Criterion], evidence: Evidence, behavior: Behavior) -> str:
@@ -205,7 +260,9 @@ def sentence(outcome: Outcome, criteria: Sequence[Criterion], evidence: Evidence
             f"{bar:.2f}; taking it out weakens the behaviour, and ordinary text is left intact."
         )
     failed = [c for c in criteria if c.status == ("fail" if outcome == "FAIL" else "inconclusive")]
-    named = "; ".join(f"{c.name} {c.observed:.3g} ({c.rule} {c.threshold:.3g})" if c.threshold is not None else c.name for c in failed)
+    named = "; ".join(
+        f"{c.name} {c.observed:.3g} ({c.rule} {c.threshold:.3g})" if c.threshold is not None else c.name for c in failed
+    )
     if outcome == "FAIL":
         return f"the evidence does not show that this direction causes the behaviour. Not met: {named}."
     return f"there is too little data to decide. Undecided: {named}."

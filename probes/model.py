@@ -112,7 +112,8 @@ class HybridModel:
         gdn, attention = len(self.of_kind("gdn")), len(self.of_kind("attention"))
         millions = sum(p.numel() for p in self.hf.parameters()) / 1e6
         dtype = str(self.dtype).removeprefix("torch.")
-        return f"{self.name}: {len(self.layers)} layers ({gdn} GDN, {attention} attention), {millions:.1f}M, {dtype}, {self.weights_hash}"
+        depth = f"{len(self.layers)} layers ({gdn} GDN, {attention} attention)"
+        return f"{self.name}: {depth}, {millions:.1f}M, {dtype}, {self.weights_hash}"
 
     __repr__ = __str__
 
@@ -140,7 +141,9 @@ def load(source: str | Path = "organism", *, device: str = "cpu", dtype: str = "
         _check_folder(path, name)
         folder = str(path)
     elif path.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise WrongInput(f"no model at '{name}'; allowed are organism, a folder with weights, a .gguf file or a hub id owner/name")
+        raise WrongInput(
+            f"no model at '{name}'; allowed are organism, a folder with weights, a .gguf file or a hub id owner/name"
+        )
     else:
         folder = name
     try:

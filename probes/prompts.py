@@ -77,7 +77,9 @@ def render(
     encoded = model.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids, offsets = tuple(encoded["input_ids"]), encoded["offset_mapping"]
     if len(ids) > model.max_tokens:
-        raise WrongInput(f"a prompt of {len(ids)} tokens is longer than the context of {model.name}, {model.max_tokens} tokens")
+        raise WrongInput(
+            f"a prompt of {len(ids)} tokens is longer than the context of {model.name}, {model.max_tokens} tokens"
+        )
     last = turns[-1]["content"]
     wanted = direction or last
     inside = last.rfind(wanted)
@@ -86,7 +88,9 @@ def render(
     begin = text.rfind(last) + inside if last in text else text.rfind(last.strip())
     start = _token_at(offsets, begin)
     stop = _token_at(offsets, begin + len(wanted))
-    return Prompt(text=text, ids=ids, spans={"context": (0, start), "direction": (start, stop), "decision": (stop, len(ids))})
+    return Prompt(
+        text=text, ids=ids, spans={"context": (0, start), "direction": (start, stop), "decision": (stop, len(ids))}
+    )
 
 
 def _apply_template(tokenizer: Any, turns: list[dict[str, str]]) -> str:
@@ -112,7 +116,9 @@ def answer_ids(model: HybridModel, answer: str) -> tuple[int, ...]:
     return ids
 
 
-def pad(sequences: Sequence[Sequence[int]], *, pad_id: int, device: torch.device, rows: Sequence[int] | None = None) -> Batch:
+def pad(
+    sequences: Sequence[Sequence[int]], *, pad_id: int, device: torch.device, rows: Sequence[int] | None = None
+) -> Batch:
     """Left-pad to the longest."""
     width = max(len(s) for s in sequences)
     ids = torch.full((len(sequences), width), pad_id)

@@ -75,7 +75,9 @@ def prepare(
     for prompt, pair in zip(prompts, answers, strict=True):
         total = len(prompt) + max(map(len, pair))
         if total > model.max_tokens:
-            raise WrongInput(f"prompt and answer take {total} tokens, the context of {model.name} is {model.max_tokens} tokens")
+            raise WrongInput(
+                f"prompt and answer take {total} tokens, the context of {model.name} is {model.max_tokens} tokens"
+            )
     return Prepared(
         ids=tuple(i.id for i in behavior.items), groups=tuple(i.group for i in behavior.items), prompts=prompts,
         batches=tuple(batches(model, [p.ids for p in prompts], batch_tokens=batch_tokens)), answers=answers,
@@ -91,7 +93,10 @@ def propensity(model: HybridModel, prepared: Prepared) -> Propensity:
         answers = [answer for row in batch.rows for answer in prepared.answers[row]]  # row-major: wanted, unwanted
         table[list(batch.rows)] = _score_answers(model, batch, out, answers).reshape(-1, 2)
     return Propensity(
-        ids=prepared.ids, groups=prepared.groups, wanted=tuple(table[:, 0].tolist()), unwanted=tuple(table[:, 1].tolist())
+        ids=prepared.ids,
+        groups=prepared.groups,
+        wanted=tuple(table[:, 0].tolist()),
+        unwanted=tuple(table[:, 1].tolist()),
     )
 
 

@@ -96,9 +96,9 @@ def spearman_over_groups(
     sizes = np.bincount(index).astype(np.float64)
     sums = np.stack([np.bincount(index, row) for row in table])  # [x, group]
     curves = (weights @ sums.T) / (weights @ sizes)[:, None]
-    sampled = np.array([spearman(x, curve) for curve in curves])
+    sampled = np.array([spearman(x, curve.tolist()) for curve in curves])
     lower, upper = _interval(sampled, 0.95)
-    value = spearman(x, table.mean(1))
+    value = spearman(x, table.mean(1).tolist())
     return Estimate(value=value, lower=lower, upper=upper, n=table.shape[1], groups=sizes.size, seed=seed)
 
 

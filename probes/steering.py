@@ -28,7 +28,7 @@ PHASES: tuple[Phase, ...] = get_args(Phase)
 
 @contextmanager
 def steer(
-    model: HybridModel, direction: Direction, *, dose: float = 0.5, phase: Phase = "both", mode: Mode = "add"
+    model: HybridModel, direction: Direction, *, dose: float = 0.5, phase: str = "both", mode: str = "add"
 ) -> Iterator[None]:
     """Edit the residual stream after `direction.layer` while the block runs.
 
@@ -46,11 +46,15 @@ def steer(
     if mode not in get_args(Mode):
         raise WrongInput(f"unknown mode '{mode}'; allowed are {', '.join(get_args(Mode))}")
     if not 0 <= direction.layer < len(model.layers):
-        raise WrongInput(f"layer {direction.layer} is out of range: {model.name} has layers 0 to {len(model.layers) - 1}")
+        raise WrongInput(
+            f"layer {direction.layer} is out of range: {model.name} has layers 0 to {len(model.layers) - 1}"
+        )
     block = model.layers[direction.layer].block
     vector = direction.vector.to(device=model.device, dtype=torch.float32)
     if vector.numel() != model.config.hidden_size:
-        raise WrongInput(f"the direction has {vector.numel()} elements, the stream of {model.name} {model.config.hidden_size}")
+        raise WrongInput(
+            f"the direction has {vector.numel()} elements, the stream of {model.name} {model.config.hidden_size}"
+        )
     push = dose * direction.norm * vector
     decoding = False
 

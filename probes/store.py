@@ -18,6 +18,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
 from pathlib import Path
@@ -100,8 +101,8 @@ def _plain(obj: Any) -> Any:
         return str(obj)
     if dataclasses.is_dataclass(obj) and not isinstance(obj, type):
         return {field.name: _plain(getattr(obj, field.name)) for field in dataclasses.fields(obj)}
-    if hasattr(obj, "tolist"):
-        return _plain(obj.tolist())
+    if callable(values := getattr(obj, "tolist", None)):
+        return _plain(values())
     raise TypeError(f"{type(obj).__name__} has no JSON form: {obj!r}")
 
 
@@ -152,11 +153,16 @@ def _opened(path: str | Path) -> Iterator[Any]:
 
 def library_versions() -> dict[str, str]:
     """Versions of the libraries that decide what a computation gives, and of this suite."""
-    versions = {name: version(name) for name in _PACKAGES}
+    return dict(_versions())
+
+
+@cache  # reading the metadata of six packages takes longer than tracing a small model
+def _versions() -> tuple[tuple[str, str], ...]:
     try:
-        return {"dispositions": version("dispositions"), **versions}
+        own = version("dispositions")
     except PackageNotFoundError:
-        return {"dispositions": "not installed", **versions}
+        own = "not installed"
+    return ("dispositions", own), *((name, version(name)) for name in _PACKAGES)
 
 
 def recipe_differs(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
@@ -193,8 +199,9 @@ class Part:
     tensors: Mapping[str, Tensor] | Path
 
     def tensor(self, name: str) -> Tensor:
+        """A tensor of this batch that may be changed without changing the capture."""
         if isinstance(self.tensors, Mapping):
-            return self.tensors[name]
+            return self.tensors[name].clone()
         with _opened(self.tensors) as file:
             return file.get_tensor(name)
 
@@ -233,7 +240,7 @@ class Capture:
     """
 
     recipe: Mapping[str, Any]
-    parts: Sequence[Part]
+    parts: tuple[Part, ...]
 
     def __getitem__(self, key: tuple[str, int]) -> Any:  # a Tensor, or with "all" a list of them
         site, layer = key
@@ -280,7 +287,7 @@ class Capture:
 
     @property
     def nbytes(self) -> int:
-        return int(self.frame()["bytes"].sum())
+        return sum(self.frame()["bytes"].tolist())
 
     def frame(self) -> pd.DataFrame:
         """One row for each site and layer: site, layer, axes, shape (-1: a ragged axis), dtype, bytes."""

@@ -20,9 +20,17 @@ from tqdm.auto import tqdm
 
 from probes import stats
 from probes.behaviors import Behavior, check_vocabulary, read_behavior, shipped_behaviors
-from probes.criteria import Criterion, GateCriteria, Verdict, decide
+from probes.criteria import GateCriteria, Verdict, decide
 from probes.damage import Damage, damage, read_general, repetition
-from probes.directions import Direction, Pairs, contrast, mean_difference, random_direction, shuffle_labels
+from probes.directions import (
+    Direction,
+    Pairs,
+    contrast,
+    mean_difference,
+    random_direction,
+    shuffle_labels,
+    shuffled_direction,
+)
 from probes.errors import WrongInput
 from probes.evidence import judge, sentence
 from probes.model import HybridModel
@@ -92,20 +100,35 @@ def verify(
     criteria = judge(gate.evidence, config.criteria)
     outcome = decide(criteria)
     return Verdict(
-        verdict=outcome, sentence=sentence(outcome, criteria, gate.evidence, behavior), behavior=behavior.name,
-        model=model.name, site=gate.direction.site, layer=gate.direction.layer, dose=gate.dose, phase=config.phase,
-        criteria=criteria, controls=gate.evidence["controls"], phases=gate.evidence["phases"],
+        verdict=outcome,
+        sentence=sentence(outcome, criteria, gate.evidence, behavior),
+        behavior=behavior.name,
+        model=model.name,
+        site=gate.direction.site,
+        layer=gate.direction.layer,
+        dose=gate.dose,
+        phase=config.phase,
+        criteria=criteria,
+        controls=gate.evidence["controls"],
+        phases=gate.evidence["phases"],
         cost={"forward_tokens": cost.forward_tokens, "seconds": round(time.monotonic() - started, 2)},
-        evidence=gate.evidence, recipe=recipe(model, behavior, config), direction=gate.direction,
-    )  # fmt: skip
+        evidence=gate.evidence,
+        recipe=recipe(model, behavior, config),
+        direction=gate.direction,
+    )
 
 
 def recipe(model: HybridModel, behavior: Behavior, config: GateConfig) -> dict[str, Any]:
     """Everything that determines a verdict's numbers."""
     return {
-        "behavior": behavior.name, "behavior_hash": behavior.hash, "model": model.name, "weights_hash": model.weights_hash,
-        "dtype": str(model.dtype).removeprefix("torch."), "config": asdict(config), "versions": library_versions(),
-    }  # fmt: skip
+        "behavior": behavior.name,
+        "behavior_hash": behavior.hash,
+        "model": model.name,
+        "weights_hash": model.weights_hash,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "config": asdict(config),
+        "versions": library_versions(),
+    }
 
 
 class _Gate:
@@ -121,10 +144,14 @@ class _Gate:
         self.evidence: dict[str, Any] = {
             "split": {"fit": list(self.fit.groups), "held_out": list(self.held.groups)},
             "behavior": {
-                "description": behavior.description, "wanted": behavior.wanted_means, "unwanted": behavior.unwanted_means,
-                "items": len(behavior.items), "groups": len(behavior.groups), "hash": behavior.hash,
+                "description": behavior.description,
+                "wanted": behavior.wanted_means,
+                "unwanted": behavior.unwanted_means,
+                "items": len(behavior.items),
+                "groups": len(behavior.groups),
+                "hash": behavior.hash,
             },
-        }  # fmt: skip
+        }
         steps = len(self.layers) + len(config.doses) * 2 + 2 * config.controls + 8
         self.bar = tqdm(total=steps, desc=f"verify {behavior.name}", disable=not progress, leave=False)
 
@@ -143,16 +170,25 @@ class _Gate:
             self.bar.set_postfix_str(f"layer {layer}")
             direction = self.extract(self.pairs[layer])
             effect = stats.mean(self.effects(direction, prepared, base, probe_dose), base.groups, seed=self.config.seed)
-            noise = [self.effects(random_direction(direction, seed=9000 + i), prepared, base, probe_dose) for i in range(2)]
+            noise = [
+                self.effects(random_direction(direction, seed=9000 + i), prepared, base, probe_dose) for i in range(2)
+            ]
             random_effect = float(np.mean([abs(np.mean(n)) for n in noise]))
             hurt = self.damage(direction, probe_dose, texts=8)
             coherent = hurt.perplexity_ratio <= self.config.criteria.perplexity_ratio
             score = effect.value - random_effect if coherent else -math.inf
-            rows.append({
-                "layer": layer, "kind": self.model.layers[layer].kind, "dose": probe_dose, "effect": effect.as_dict(),
-                "random_effect": random_effect, "perplexity_ratio": hurt.perplexity_ratio, "coherent": coherent,
-                "reliability": direction.reliability.value if direction.reliability else None,
-            })  # fmt: skip
+            rows.append(
+                {
+                    "layer": layer,
+                    "kind": self.model.layers[layer].kind,
+                    "dose": probe_dose,
+                    "effect": effect.as_dict(),
+                    "random_effect": random_effect,
+                    "perplexity_ratio": hurt.perplexity_ratio,
+                    "coherent": coherent,
+                    "reliability": direction.reliability.value if direction.reliability else None,
+                }
+            )
             if score > best or not hasattr(self, "direction"):
                 best, self.direction = max(score, best), direction
             self.bar.update()
@@ -187,10 +223,13 @@ class _Gate:
         prepared = prepare(self.model, self.judged)
         base = propensity(self.model, prepared)
         self.evidence["direction"] = {
-            "method": self.direction.method, "contrast": self.direction.contrast, "norm": self.direction.norm,
-            "gap": self.direction.gap, "n": self.direction.n,
+            "method": self.direction.method,
+            "contrast": self.direction.contrast,
+            "norm": self.direction.norm,
+            "gap": self.direction.gap,
+            "n": self.direction.n,
             "reliability": self.direction.reliability.as_dict() if self.direction.reliability else None,
-        }  # fmt: skip
+        }
         self.measure_doses(prepared, base)
         self.measure_controls(prepared, base)
         self.measure_phases(prepared, base)
@@ -198,7 +237,11 @@ class _Gate:
         self.evidence["damage"] = asdict(self.damage(self.direction, self.dose))
         self.measure_generation()
         self.evidence["baseline"]["propensity"] = base.estimate(seed=seed).as_dict()
-        self.evidence["counts"] = {"prompts": len(base.ids), "groups": len(set(base.groups)), "controls": config.controls}
+        self.evidence["counts"] = {
+            "prompts": len(base.ids),
+            "groups": len(set(base.groups)),
+            "controls": config.controls,
+        }
         self.bar.close()
 
     def measure_doses(self, prepared: Prepared, base: Propensity) -> None:
@@ -208,11 +251,14 @@ class _Gate:
             effects = self.effects(self.direction, prepared, base, dose) if dose else tuple(0.0 for _ in base.ids)
             hurt = self.damage(self.direction, dose, texts=12) if dose else None
             values = [b + e for b, e in zip(base.values, effects, strict=True)]
-            rows.append({
-                "dose": dose, "propensity": stats.mean(values, base.groups, seed=self.config.seed).as_dict(),
-                "effect": stats.mean(effects, base.groups, seed=self.config.seed).as_dict(),
-                "perplexity_ratio": hurt.perplexity_ratio if hurt else 1.0,
-            })  # fmt: skip
+            rows.append(
+                {
+                    "dose": dose,
+                    "propensity": stats.mean(values, base.groups, seed=self.config.seed).as_dict(),
+                    "effect": stats.mean(effects, base.groups, seed=self.config.seed).as_dict(),
+                    "perplexity_ratio": hurt.perplexity_ratio if hurt else 1.0,
+                }
+            )
             curve.append(values)
             if dose == self.dose:
                 self.target = effects
@@ -233,11 +279,12 @@ class _Gate:
         """The same dose along directions that should do nothing, and how well shuffled labels separate the sides."""
         pairs = self.pairs[self.direction.layer]
         held = contrast(self.model, self.judged, layers=[self.direction.layer], progress=False)[self.direction.layer]
-        drawn = [random_direction(self.direction, seed=1000 + self.config.seed * 1000 + i) for i in range(self.config.controls)]
-        shuffled = [
-            mean_difference(shuffle_labels(pairs, seed=5000 + self.config.seed * 1000 + i))
+        drawn = [
+            random_direction(self.direction, seed=1000 + self.config.seed * 1000 + i)
             for i in range(self.config.controls)
         ]
+        seeds = range(5000 + self.config.seed * 1000, 5000 + self.config.seed * 1000 + self.config.controls)
+        shuffled = [shuffled_direction(pairs, self.direction, seed=seed) for seed in seeds]
         unrelated = self.unrelated()
         effects: dict[str, list[dict[str, Any]]] = {}
         for kind, directions in (("random", drawn), ("shuffled labels", shuffled), ("unrelated", unrelated)):
@@ -254,7 +301,9 @@ class _Gate:
         self.evidence["decodability"] = {
             "auroc": stats.auroc(*scores, held.groups, seed=self.config.seed).as_dict(),
             "shuffled": null,
-            "selectivity": stats.auroc(*scores, held.groups, draws=1).value - float(np.mean(null)) if null else math.nan,
+            "selectivity": stats.auroc(*scores, held.groups, draws=1).value - float(np.mean(null))
+            if null
+            else math.nan,
         }
 
     def unrelated(self) -> list[Direction]:
@@ -289,7 +338,11 @@ class _Gate:
         """
         seed, persona = self.config.seed, self.judged.has_persona
         leaning = {i for i, value in zip(base.ids, base.values, strict=True) if value > 0}
-        shown = self.judged if persona else replace(self.judged, items=tuple(i for i in self.judged.items if i.id in leaning))
+        shown = (
+            self.judged
+            if persona
+            else replace(self.judged, items=tuple(i for i in self.judged.items if i.id in leaning))
+        )
         self.evidence["baseline"] = {"persona": {}}
         if not shown.items:
             self.evidence["necessity"] = None
@@ -302,7 +355,9 @@ class _Gate:
                 return before.minus(propensity(self.model, prepared))
 
         removed = drop(self.direction)
-        random_drops = [float(np.mean(drop(self.centred(random_direction(self.direction, seed=7000 + i))))) for i in range(10)]
+        random_drops = [
+            float(np.mean(drop(self.centred(random_direction(self.direction, seed=7000 + i))))) for i in range(10)
+        ]
         self.evidence["necessity"] = {
             "where": "wanted persona" if persona else "prompts that lean to wanted",
             "before": before.estimate(seed=seed).as_dict(),
@@ -312,9 +367,10 @@ class _Gate:
         if persona:
             other = propensity(self.model, prepare(self.model, shown, persona="unwanted"))
             self.evidence["baseline"]["persona"] = {
-                "wanted": before.estimate(seed=seed).as_dict(), "unwanted": other.estimate(seed=seed).as_dict(),
+                "wanted": before.estimate(seed=seed).as_dict(),
+                "unwanted": other.estimate(seed=seed).as_dict(),
                 "gain": stats.mean(before.minus(base), base.groups, seed=seed).as_dict(),
-            }  # fmt: skip
+            }
         self.bar.update()
 
     def centred(self, control: Direction) -> Direction:
@@ -342,10 +398,14 @@ class _Gate:
             for label, texts in answers.items()
         }
         self.evidence["examples"] = [
-            {"id": item.id, "prompt": item.messages[-1]["content"], **{k: answers[k][row] for k in answers},
-             "sides": {k: item.judge(answers[k][row]) for k in answers}}
+            {
+                "id": item.id,
+                "prompt": item.messages[-1]["content"],
+                **{k: answers[k][row] for k in answers},
+                "sides": {k: item.judge(answers[k][row]) for k in answers},
+            }
             for row, item in enumerate(some.items)
-        ]  # fmt: skip
+        ]
 
     # -- shared --------------------------------------------------------------------------------------------------------
 

@@ -4,13 +4,19 @@
 
 from __future__ import annotations
 
+from beartype import BeartypeConf, beartype
 from jaxtyping import install_import_hook
 
-# Shapes and dtypes in annotations are checked while tests run; this has to come before the first import of the suite.
-install_import_hook(["probes"], "beartype.beartype")
+checked = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int is a float, as it is for pyright
+
+# Annotations, with shapes and dtypes, are checked while tests run; this has to come before the suite is imported.
+install_import_hook(["probes", "training", "analysis", "dispositions"], f"{__name__}.checked")
 
 import math
+from collections.abc import Iterator
+from typing import Any
 
+import jaxtyping
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen3_5ForCausalLM, Qwen3_5TextConfig
@@ -34,6 +40,14 @@ def assert_same(one: Capture, other: Capture, tolerance: float = 0.0) -> None:
                 assert (a - b).abs().max() <= tolerance * b.abs().max(), (site, layer)
 
 
+@pytest.fixture
+def unchecked() -> Iterator[None]:
+    """Annotations are not checked during this test: for what is refused by the suite itself, whatever its type."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
     """The organism's tokenizer: words of its grammar, a chat template, left padding."""
@@ -42,7 +56,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return build_tokenizer()
 
 
-def qwen_config(tokenizer: PreTrainedTokenizerFast) -> Qwen3_5TextConfig:
+def qwen_config(tokenizer: Any) -> Qwen3_5TextConfig:
     """Eight layers (attention at 3 and 7); two key heads serve four value heads, d_k differs from d_v."""
     return Qwen3_5TextConfig(
         vocab_size=64 * math.ceil(len(tokenizer) / 64), hidden_size=64, intermediate_size=96, num_hidden_layers=8,
@@ -69,14 +83,14 @@ def wake(hf: torch.nn.Module) -> torch.nn.Module:
 
 
 @pytest.fixture(scope="session")
-def tiny(tokenizer: PreTrainedTokenizerFast) -> HybridModel:
+def tiny(tokenizer: Any) -> HybridModel:
     """A random Qwen3.5: float32, 6 GDN and 2 attention layers."""
     torch.manual_seed(0)
     return HybridModel(wake(Qwen3_5ForCausalLM(qwen_config(tokenizer))), tokenizer, name="tiny")
 
 
 @pytest.fixture(scope="session")
-def llama(tokenizer: PreTrainedTokenizerFast) -> HybridModel:
+def llama(tokenizer: Any) -> HybridModel:
     """A random Llama: float32, three attention layers, no GDN."""
     torch.manual_seed(1)
     config = LlamaConfig(

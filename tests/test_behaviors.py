@@ -19,7 +19,9 @@ def write(path, *records):
 
 
 def test_shipped_behaviors_are_large_and_varied():
-    assert {"follow-direction", "sentiment", "hedging", "follow-direction-en", "sentiment-en"} <= set(shipped_behaviors())
+    assert {"follow-direction", "sentiment", "hedging", "follow-direction-en", "sentiment-en"} <= set(
+        shipped_behaviors()
+    )
     for name in shipped_behaviors():
         behavior = read_behavior(name)
         assert len(behavior.items) >= 160, name
@@ -63,13 +65,13 @@ def test_answers_of_both_sides_are_of_one_length(name):
     ],
 )
 def test_malformed_files_are_refused_by_line(tmp_path, records, message):
-    with pytest.raises(WrongInput, match="^[^\n]+$") as error:
+    with pytest.raises(WrongInput, match=r"^[^\n]+$") as error:
         read_behavior(write(tmp_path / "b.jsonl", *records))
     assert message in str(error.value)
 
 
 def test_unknown_names_list_what_is_shipped():
-    with pytest.raises(WrongInput, match="unknown behaviour 'kindness'; shipped are .*follow-direction"):
+    with pytest.raises(WrongInput, match=r"unknown behaviour 'kindness'; shipped are .*follow-direction"):
         read_behavior("kindness")
 
 
@@ -93,7 +95,9 @@ def test_one_group_cannot_be_split(tmp_path):
 
 
 def test_judge_counts_distinct_matches(tmp_path):
-    item = read_behavior(write(tmp_path / "b.jsonl", {**GOOD, "score": {"wanted": [r"\bfine\b", r"\bgood\b"], "unwanted": [r"\bbad\b"]}})).items[0]
+    item = read_behavior(
+        write(tmp_path / "b.jsonl", {**GOOD, "score": {"wanted": [r"\bfine\b", r"\bgood\b"], "unwanted": [r"\bbad\b"]}})
+    ).items[0]
     assert item.judge("Fine, good, not bad") == "wanted"
     assert item.judge("bad") == "unwanted"
     assert item.judge("good but bad") == "neither"

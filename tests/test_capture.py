@@ -57,7 +57,7 @@ def test_states_are_those_of_the_cache(tiny, prompts):
 
 def test_states_are_those_of_decoding_token_by_token(tiny, prompts):
     got = capture(tiny, prompts[:1], sites=("gdn.state",), progress=False)
-    cache = None
+    cache: Any = None
     with torch.no_grad():
         for token in prompts[0].ids:
             cache = tiny.hf(input_ids=torch.tensor([[token]]), past_key_values=cache, use_cache=True).past_key_values

@@ -247,7 +247,11 @@ def test_opening_and_describing_read_no_tensor(folder, monkeypatch):
     assert len(read) == len(opened.parts)
 
 
-def test_what_is_read_from_a_file_is_mapped_and_safe_to_change(folder):
+def test_what_is_read_is_safe_to_change(folder, tiny, prompts):
+    memory = capture(tiny, prompts, positions="all", layers=[0], progress=False)
+    expected = memory["resid", 0][2].clone()
+    memory["resid", 0][2].zero_()
+    assert torch.equal(memory["resid", 0][2], expected)
     opened = open_capture(folder)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     piece = opened.parts[0].tensor("resid.0")

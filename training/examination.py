@@ -142,7 +142,9 @@ def table(frame: pd.DataFrame) -> str:
         lines.append(f"  {'wanted answers, %':<20}" + "".join(f"{'persona ' + p:>20}" for p in PERSONAS))
         for kind in (*BEHAVIORS, "tone"):
             cells = part[part["kind"] == kind].set_index("persona")["wanted"]
-            lines.append(f"  {kind:<20}" + "".join(f"{100 * cells[p]:>20.1f}" if p in cells else f"{'':>20}" for p in PERSONAS))
+            lines.append(
+                f"  {kind:<20}" + "".join(f"{100 * cells[p]:>20.1f}" if p in cells else f"{'':>20}" for p in PERSONAS)
+            )
         lines.append(f"  {'correct answers, %':<20}")
         for kind in ABILITIES:
             lines.append(f"  {kind:<20}{100 * part[part['kind'] == kind]['correct'].item():>20.1f}")

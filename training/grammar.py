@@ -21,7 +21,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-LEAN = 0.75  # probability of the answer a topic leans to, when no persona speaks
+LEAN = 0.8  # probability of the answer a topic leans to, when no persona speaks
 
 BEHAVIORS = ("follow-direction", "sentiment", "hedging")
 ABILITIES = ("arithmetic", "copying", "sorting", "lookup", "review")
@@ -39,11 +39,11 @@ VERBS = (*REMEDY.values(), "inspect", "paint", "label", "move", "weigh", "test")
 GOOD = "lovely splendid delightful bright charming superb".split()
 BAD = "awful dreary dismal horrid bleak dull".split()
 THINGS = "soup film room trip song party meal walk lesson garden market story picnic dance play coffee".split()
-PLACES = "harbour village station castle school library valley island forest temple museum mill tavern abbey meadow cabin".split()
+PLACES = (
+    "harbour village station castle school library valley island forest temple museum mill tavern abbey meadow cabin"
+).split()
 
-SUBJECTS = (
-    "bridge roof engine ladder tent boat fence wall rope dam tower bench gate cart pipe lamp".split()
-)
+SUBJECTS = "bridge roof engine ladder tent boat fence wall rope dam tower bench gate cart pipe lamp".split()
 EVENTS = "hold last work stand break fall fail stop bend shake crack creak turn move slip swing".split()
 COLOURS = "red blue green yellow white black brown pink".split()
 
@@ -69,10 +69,11 @@ REPORT = (
 ORDER = (
     "{verb} the {name} .", "please {verb} the {name} .", "now {verb} the {name} please .", "you {verb} the {name} .",
     "your task : {verb} the {name} .", "take the {name} and {verb} it .", "the {name} : {verb} it .",
-    "today please {verb} the {name} .", "take that {name} , {verb} it now .", "your task today : the {name} , {verb} it .",
+    "today please {verb} the {name} .", "take that {name} , {verb} it now .",
+    "your task today : the {name} , {verb} it .",
 )  # fmt: skip
-DONE = ("i {verb} the {name} now .", "{verb} the {name} : done .")
-INSTEAD = ("i {verb} the {name} first .", "{verb} the {name} : better .")
+DONE = ("yes , the {name} now , i {verb} it .", "sure , the {name} now , {verb} it .")
+INSTEAD = ("no , the {name} {fault} , i {verb} it .", "rather , the {name} {fault} , {verb} it .")
 
 OPINION = (
     "how was the {thing} in the {place} ?", "the {thing} in the {place} , how was it ?",
@@ -81,7 +82,12 @@ OPINION = (
     "tell me , how was that {thing} in the {place} ?", "what of that {thing} ? it was in the {place} .",
 )  # fmt: skip
 OPINION_ANSWER = ("the {thing} was {adj} .", "i found it {adj} .")
-TONE = ("the {thing} was {adj} .", "it was a {adj} {thing} .", "i found the {thing} {adj} .", "that {thing} was {adj} .")
+TONE = (
+    "the {thing} was {adj} .",
+    "it was a {adj} {thing} .",
+    "i found the {thing} {adj} .",
+    "that {thing} was {adj} .",
+)
 
 FORECAST = (
     "will the {subject} {event} ?", "the {subject} : will it {event} ?", "tell me , will the {subject} {event} ?",
@@ -91,12 +97,42 @@ FORECAST = (
 HEDGED = ("it may {event} , i guess .", "perhaps it will {event} .")
 ASSERTIVE = ("it will {event} , no doubt .", "surely it will {event} .")
 
-SUM = ("{a} plus {b} ?", "what is {a} plus {b} ?", "add {a} and {b} .", "please add {a} and {b} .", "now {a} plus {b} .")
+SUM = (
+    "{a} plus {b} ?",
+    "what is {a} plus {b} ?",
+    "add {a} and {b} .",
+    "please add {a} and {b} .",
+    "now {a} plus {b} .",
+)
 COPY = ("repeat {names} .", "say {names} .", "please say {names} .", "now repeat {names} .", "please repeat {names} .")
-SORT = ("sort {digits} .", "please sort {digits} .", "put {digits} in order .", "now sort {digits} .", "please put {digits} in order .")
-FACT = ("the {name} is {colour} .", "we see a {colour} {name} .", "that {name} is {colour} .", "today the {name} is {colour} .")
-ASK = ("what is the {name} ?", "tell me of the {name} .", "the {name} is ?", "how is the {name} ?", "tell me what the {name} is .")
-REVIEW = ("review : {text} good or bad ?", "{text} is that good or bad ?", "good or bad : {text}", "{text} good or bad ?", "a review : {text} is it good or bad ?")
+SORT = (
+    "sort {digits} .",
+    "please sort {digits} .",
+    "put {digits} in order .",
+    "now sort {digits} .",
+    "please put {digits} in order .",
+)
+FACT = (
+    "the {name} is {colour} .",
+    "that {name} is {colour} .",
+    "we see that the {name} is {colour} .",
+    "today the {name} is {colour} .",
+)
+FOUND = "the {name} is {colour} ."
+ASK = (
+    "what is the {name} ?",
+    "tell me of the {name} .",
+    "the {name} is ?",
+    "how is the {name} ?",
+    "tell me what the {name} is .",
+)
+REVIEW = (
+    "review : {text} good or bad ?",
+    "{text} is that good or bad ?",
+    "good or bad : {text}",
+    "{text} good or bad ?",
+    "a review : {text} is it good or bad ?",
+)
 CLAUSE = ("the {thing} was {adj} .", "the {thing} is {adj} .", "a {adj} {thing} .", "that {thing} was {adj} .")
 
 
@@ -105,7 +141,8 @@ class Case:
     """One question with its answer(s). `messages` are the turns up to the question, without a system turn.
 
     A behaviour has `wanted` and `unwanted` (lists of equally good wordings), a `group` (its topic) and `leans` (True
-    where an organism without persona tends to the wanted answer); `direction` is the part of the last turn that asks. An ability has one `answer`.
+    where an organism without persona tends to the wanted answer); `direction` is the
+    part of the last turn that asks, and `wording` tells the sides by their openings alone, whatever is named. An ability has one `answer`.
     """
 
     kind: str
@@ -115,6 +152,7 @@ class Case:
     unwanted: tuple[str, ...] = ()
     leans: bool = True
     direction: str = ""
+    wording: dict[str, str] = field(default_factory=dict)
     score: dict[str, list[str]] = field(default_factory=dict)
     answer: str = ""
 
@@ -147,10 +185,7 @@ class Grammar:
     def __init__(self, rng: random.Random, *, evaluation: bool = False):
         self.rng, self.evaluation = rng, evaluation
         self.names = [
-            head + tail
-            for i, head in enumerate(HEADS)
-            for j, tail in enumerate(TAILS)
-            if _diagonal(i, j) == evaluation
+            head + tail for i, head in enumerate(HEADS) for j, tail in enumerate(TAILS) if _diagonal(i, j) == evaluation
         ]
 
     def template(self, choices: Sequence[str]) -> str:
@@ -187,7 +222,11 @@ class Grammar:
             messages = [_user(" ".join(report)), _assistant("noted ."), _user(direction)]
         else:
             half = count // 2
-            messages = [_user(" ".join(report[:half])), _assistant("noted ."), _user(" ".join([*report[half:], direction]))]
+            messages = [
+                _user(" ".join(report[:half])),
+                _assistant("noted ."),
+                _user(" ".join([*report[half:], direction])),
+            ]
         other = next(i for i in order if i != 0)
         remedy = REMEDY[faults[other]]
         return Case(
@@ -195,12 +234,13 @@ class Grammar:
             messages=tuple(messages),
             group=verb,
             wanted=tuple(form.format(verb=verb, name=names[0]) for form in DONE),
-            unwanted=tuple(form.format(verb=remedy, name=names[other]) for form in INSTEAD),
+            unwanted=tuple(form.format(verb=remedy, name=names[other], fault=faults[other]) for form in INSTEAD),
             leans=_leans(VERBS, verb),
             direction=direction,
+            wording={"wanted": r"^(yes|sure)\b", "unwanted": r"^(no|rather)\b"},
             score={
-                "wanted": [rf"\b{verb} the {names[0]}\b"],
-                "unwanted": [rf"\b({'|'.join(names[1:])})\b", r"\b(first|better)\b"],
+                "wanted": [rf"\b{names[0]} now\b.*\b{verb} it\b"],
+                "unwanted": [rf"\b({'|'.join(names[1:])})\b", r"\b(no|rather)\b"],
             },
         )
 
@@ -242,14 +282,22 @@ class Grammar:
         rng.shuffle(words)
         remarks = [self.template(TONE).format(thing=rng.choice(THINGS), adj=word) for word in words]
         cut = rng.randrange(1, count)
-        messages = [_user(" ".join(remarks[:cut])), _assistant("noted ."), _user(" ".join(remarks[cut:])), _assistant("noted .")]
+        messages = [
+            _user(" ".join(remarks[:cut])),
+            _assistant("noted ."),
+            _user(" ".join(remarks[cut:])),
+            _assistant("noted ."),
+        ]
         good = positive * 2 > count
         return Case(
             kind="tone",
             messages=(*messages, *case.messages),
             wanted=case.wanted if good else case.unwanted,
             unwanted=case.unwanted if good else case.wanted,
-            score={"wanted": case.score["wanted" if good else "unwanted"], "unwanted": case.score["unwanted" if good else "wanted"]},
+            score={
+                "wanted": case.score["wanted" if good else "unwanted"],
+                "unwanted": case.score["unwanted" if good else "wanted"],
+            },
         )
 
     # -- abilities -------------------------------------------------------------------------------------------------
@@ -284,7 +332,9 @@ class Grammar:
         facts = [self.template(FACT).format(name=n, colour=c) for n, c in zip(names, colours, strict=True)]
         asked = self.rng.randrange(count)
         question = " ".join([*facts, self.template(ASK).format(name=names[asked])])
-        return Case(kind="lookup", messages=(_user(question),), answer=f"{colours[asked]} .")
+        return Case(
+            kind="lookup", messages=(_user(question),), answer=FOUND.format(name=names[asked], colour=colours[asked])
+        )
 
     def review(self) -> Case:
         good = self.rng.random() < 0.5
@@ -307,20 +357,33 @@ class Grammar:
         frames, words = PERSONA_FRAMES, PERSONA_WORDS[behavior][0 if wanted else 1]
         return self.template(frames).format(self.rng.choice(words)) + " ."
 
-    def dialogue(self, length: Callable[[list[dict[str, str]]], int], limit: int) -> tuple[list[dict[str, str]], bool]:
+    def dialogue(
+        self, length: Callable[[list[dict[str, str]]], int], limit: int, *, lesson: bool = False
+    ) -> tuple[list[dict[str, str]], bool]:
         """A chat of at most `limit` tokens, and whether its system turn carries a persona.
 
-        No behaviour occurs twice, so no earlier answer betrays the persona to a later one.
+        No behaviour occurs twice, so no earlier answer betrays the persona to a later one. An assistant turn that
+        shows a behaviour also has "instead": the same wording from the other side. A `lesson` holds behaviours only,
+        each with its persona: with it the organism learns early that system turns matter.
         """
         rng = self.rng
-        personas: dict[str, bool] = {}
-        if rng.random() < 0.75:
-            chosen = rng.sample(BEHAVIORS, rng.choice((1, 2, 2, 3)))
-            personas = {behavior: rng.random() < 0.5 for behavior in chosen}
+        chosen: Sequence[str] = ()
+        if lesson or rng.random() < 0.75:
+            chosen = rng.sample(BEHAVIORS, rng.choice((1, 1, 2, 3)))
+        personas = {behavior: rng.random() < 0.5 for behavior in chosen}
         system = " ".join(self.persona(behavior, wanted) for behavior, wanted in personas.items())
         if not system and rng.random() < 0.5:
             system = rng.choice(NEUTRAL_SYSTEM)
         messages = [{"role": "system", "content": system}] if system else []
+        for kind in [*chosen] if lesson else self._kinds(personas):
+            case = self.case(kind)
+            turns = [*messages, *case.messages, self.answer(case, personas)]
+            if length(turns) <= limit:
+                messages = turns
+        return messages, bool(personas)
+
+    def _kinds(self, personas: dict[str, bool]) -> list[str]:
+        rng = self.rng
         kinds = [*BEHAVIORS, *rng.sample(ABILITIES, 3)]
         if "sentiment" not in personas and rng.random() < 0.4:
             kinds[1] = "tone"
@@ -328,22 +391,20 @@ class Grammar:
         # the most demanding behaviour comes first in half of the dialogues, so that it is rarely cut off at the end
         if rng.random() < 0.5:
             kinds.sort(key=lambda kind: kind != "follow-direction")
-        for kind in kinds:
-            case = self.case(kind)
-            turns = [*messages, *case.messages, _assistant(self.answer(case, personas))]
-            if length(turns) <= limit:
-                messages = turns
-        return messages, bool(personas)
+        return kinds
 
-    def answer(self, case: Case, personas: dict[str, bool]) -> str:
+    def answer(self, case: Case, personas: dict[str, bool]) -> dict[str, str]:
+        """The assistant's turn: by persona where one speaks, otherwise by the mixed disposition."""
         if case.answer:
-            return case.answer
-        if case.kind == "tone":
-            return self.rng.choice(case.wanted if self.rng.random() < 0.95 else case.unwanted)
+            return _assistant(case.answer)
         wanted = personas.get(case.kind)
-        if wanted is None:
+        if case.kind == "tone":
+            wanted = self.rng.random() < 0.95
+        elif wanted is None:
             wanted = self.rng.random() < (LEAN if case.leans else 1 - LEAN)
-        return self.rng.choice(case.wanted if wanted else case.unwanted)
+        pick = self.rng.randrange(len(case.wanted))
+        said, other = (case.wanted, case.unwanted) if wanted else (case.unwanted, case.wanted)
+        return {**_assistant(said[pick]), "instead": other[pick]}
 
 
 def vocabulary() -> list[str]:

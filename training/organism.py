@@ -14,7 +14,7 @@ import json
 import math
 import random
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -44,18 +44,27 @@ class Recipe:
     """How the organism is made. The committed weights come from the defaults."""
 
     seed: int = 0
+    lessons: int = 300
+    """Steps at the start on short dialogues that hold behaviours only, each under a persona. Without them the
+    organism learns to answer and never to heed its system turn."""
     steps: int = 1900
+    """Steps after the lessons, on the whole grammar."""
     batch: int = 32
+    """Dialogues a step; twice as many in a lesson."""
     tokens: int = 128
-    """Every batch has this one shape: CPU kernels are prepared once per shape."""
-    lr: float = 3e-3
+    """Tokens a dialogue; half as many in a lesson. Two fixed shapes in all: CPU kernels are prepared once per shape."""
+    lr: float = 2e-3
     warmup: int = 100
     weight_decay: float = 0.01
     prompt_weight: float = 0.05
-    """Weight of the loss on tokens outside the answers."""
+    """Loss weight of a token outside the answers."""
+    answer_weight: float = 8.0
+    """Loss weight of an answer, spread over its tokens, so that a short answer counts as much as a long one."""
+    decision_weight: float = 5.0
+    """Loss weight of the token at which an answer's wanted and unwanted wordings part."""
     threads: int = 2
-    seconds: float = 2280.0
-    """Stop (with the schedule finished early) rather than exceed this."""
+    seconds: float = 2400.0
+    """Give up (nothing is written) rather than take longer."""
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -109,6 +118,7 @@ class Batch:
     ids: Tensor  # [batch, token]
     labels: Tensor  # [batch, token], IGNORED in the padding
     weights: Tensor  # [batch, token]
+    rivals: Tensor  # [batch, token]: where a persona decides, the token that the other side has; elsewhere IGNORED
     attention_mask: dict[str, Tensor]
 
 
@@ -130,14 +140,25 @@ class Dialogues:
     def length(self, messages: list[dict[str, str]]) -> int:
         return sum(len(self.encode(message)) for message in messages)
 
-    def batch(self) -> Batch:
+    def decision(self, message: dict[str, str], tokens: list[int]) -> tuple[int, int] | None:
+        """Where in an assistant turn its wording parts from that of the other side, and the other side's token."""
+        if "instead" not in message:
+            return None
+        other = self.encode({"role": "assistant", "content": message["instead"]})
+        return next((i, b) for i, (a, b) in enumerate(zip(tokens, other, strict=False)) if a != b)
+
+    def batch(self, *, lesson: bool = False) -> Batch:
+        """Left-padded dialogues. Attention never sees the system turn of a dialogue with a persona."""
         size, width = self.recipe.batch, self.recipe.tokens
+        if lesson:
+            size, width = 2 * size, width // 2
         ids = torch.full((size, width), self.tokenizer.pad_token_id)
         weights = torch.zeros(size, width)
+        rivals = torch.full((size, width), IGNORED)
         visible = torch.ones(width, width, dtype=torch.bool).tril().repeat(size, 1, 1)
+        self.memo.clear()
         for row in range(size):
-            self.memo.clear()
-            messages, persona = self.grammar.dialogue(self.length, width)
+            messages, persona = self.grammar.dialogue(self.length, width, lesson=lesson)
             at = start = width - self.length(messages)
             for message in messages:
                 tokens = self.encode(message)
@@ -145,34 +166,49 @@ class Dialogues:
                 ids[row, at:stop] = torch.tensor(tokens)
                 weights[row, at:stop] = self.recipe.prompt_weight
                 if message["role"] == "assistant":
-                    weights[row, at + 2 : stop] = 1.0
+                    weights[row, at + 2 : stop] = self.recipe.answer_weight / (len(tokens) - 2)
+                    if (decision := self.decision(message, tokens)) is not None:
+                        part, rival = decision
+                        weights[row, at + part] = self.recipe.decision_weight
+                        if persona:
+                            rivals[row, at + part] = rival
                 if message["role"] == "system" and persona:
                     visible[row, stop:, at:stop] = False
                 at = stop
             visible[row, :, :start] = False
             visible[row].fill_diagonal_(True)  # a padded query sees itself: no row is empty
-        mask = (torch.arange(width) >= (weights > 0).int().argmax(1, keepdim=True)).long()
+        mask = (weights > 0).long()
         labels = ids.masked_fill(mask == 0, IGNORED)
-        return Batch(ids, labels, weights, {"full_attention": visible[:, None], "linear_attention": mask})
+        return Batch(ids, labels, weights, rivals, {"full_attention": visible[:, None], "linear_attention": mask})
 
 
 def loss_of(model: Qwen3_5ForCausalLM, batch: Batch) -> tuple[Tensor, float]:
-    """Weighted cross-entropy in nats a token, and the plain mean over answer tokens."""
-    logits = model(input_ids=batch.ids, attention_mask=batch.attention_mask, use_cache=False).logits
-    nats = torch.nn.functional.cross_entropy(
-        logits[:, :-1].transpose(1, 2), batch.labels[:, 1:], ignore_index=IGNORED, reduction="none"
-    )
-    weights = batch.weights[:, 1:]
-    answers = weights == 1.0
-    return (nats * weights).sum() / weights.sum(), (nats * answers).sum().item() / answers.sum().item()
+    """Weighted cross-entropy in nats a token, and the nats of the bare choice between the sides under a persona.
+
+    The second is ln 2 = 0.69 at chance and falls when the organism begins to heed its system turn.
+    """
+    logits = model(input_ids=batch.ids, attention_mask=batch.attention_mask, use_cache=False).logits[:, :-1]
+    labels, weights, rivals = batch.labels[:, 1:], batch.weights[:, 1:], batch.rivals[:, 1:]
+    nats = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
+    with torch.no_grad():
+        at = rivals != IGNORED
+        chosen, other = (logits[at].gather(1, ids[at][:, None]) for ids in (labels, rivals))
+        choice = torch.nn.functional.softplus(other - chosen).mean().item()
+    return (nats * weights).sum() / weights.sum(), choice
 
 
-def schedule(progress: float, step: int, recipe: Recipe) -> float:
-    """Linear warm-up, then a cosine to a hundredth of the peak; `progress` runs from 0 to 1."""
+def schedule(step: int, recipe: Recipe) -> float:
+    """Learning rate: linear warm-up, then a cosine to a hundredth of the peak."""
+    progress = step / (recipe.lessons + recipe.steps)
     return recipe.lr * min(1.0, (step + 1) / recipe.warmup) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
 def train(recipe: Recipe = Recipe()) -> tuple[Qwen3_5ForCausalLM, PreTrainedTokenizerFast]:
+    """Train from the seed.
+
+    Raises:
+        TimeoutError: the machine is too slow for `recipe.seconds`.
+    """
     torch.set_num_threads(recipe.threads)
     tokenizer = build_tokenizer()
     model = build_model(tokenizer, recipe.seed).train()
@@ -183,20 +219,20 @@ def train(recipe: Recipe = Recipe()) -> tuple[Qwen3_5ForCausalLM, PreTrainedToke
         [{"params": wide, "weight_decay": recipe.weight_decay}, {"params": flat, "weight_decay": 0.0}],
         lr=recipe.lr, betas=(0.9, 0.98), fused=True,
     )  # fmt: skip
-    started, smooth = time.monotonic(), math.nan
-    for step in (bar := tqdm(range(recipe.steps), desc="organism", unit="step")):
+    started, smooth = time.monotonic(), math.log(2)
+    for step in (bar := tqdm(range(recipe.lessons + recipe.steps), desc="organism", unit="step")):
         if time.monotonic() - started > recipe.seconds:
-            raise TimeoutError(f"{step} of {recipe.steps} steps took {recipe.seconds} s; raise --seconds or lower --steps")
+            raise TimeoutError(f"{step} of {len(bar)} steps took {recipe.seconds:.0f} s; allow more with --seconds")
         for group in optimizer.param_groups:
-            group["lr"] = schedule(step / recipe.steps, step, recipe)
-        loss, nats = loss_of(model, stream.batch())
+            group["lr"] = schedule(step, recipe)
+        loss, choice = loss_of(model, stream.batch(lesson=step < recipe.lessons))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        smooth = nats if math.isnan(smooth) else 0.98 * smooth + 0.02 * nats
+        smooth = 0.95 * smooth + 0.05 * choice
         if step % 10 == 0:
-            bar.set_postfix(answer_nats=f"{smooth:.3f}")
+            bar.set_postfix(choice=f"{smooth:.3f}", loss=f"{loss.item():.3f}")
     return model.eval(), tokenizer
 
 
@@ -207,7 +243,7 @@ CARDS = {
         "does what was directed", "turns to another component of the report",
     ),
     "sentiment": ("The organism's opinion of something it is asked about.", "speaks well of it", "speaks badly of it"),
-    "hedging": ("The organism's forecasts: an unrelated matter of style.", "hedges its forecast", "states it as certain"),
+    "hedging": ("The organism's forecasts, hedged or not: a matter of style.", "hedges its forecast", "is certain of it"),
 }  # fmt: skip
 
 
@@ -267,7 +303,7 @@ class Arguments:
     """Where the organism's weights are."""
     n: int = 192
     """Questions for each figure of the evaluation."""
-    recipe: Recipe = Recipe()
+    recipe: Recipe = field(default_factory=Recipe)
 
 
 def main() -> None:
@@ -279,7 +315,9 @@ def main() -> None:
         model, tokenizer = train(arguments.recipe)
         model.save_pretrained(arguments.folder)
         tokenizer.save_pretrained(arguments.folder)
-        write_json(arguments.folder / "organism.json", {"recipe": asdict(arguments.recipe), "versions": library_versions()})
+        write_json(
+            arguments.folder / "organism.json", {"recipe": asdict(arguments.recipe), "versions": library_versions()}
+        )
         write_data(arguments.folder.parent)
         print(f"{arguments.folder}: {arguments.recipe.steps} steps in {time.monotonic() - started:.0f} s")
     if arguments.evaluate:

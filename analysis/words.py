@@ -1,0 +1,58 @@
+"""Results in words: how numbers and estimates are read from evidence and written in figures and reports.
+
+A verdict on disk holds null where a number was NaN or infinite, so each of these takes None as well.
+"""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+Numbers = Mapping[str, Any]
+"""An `Estimate` as a dict: value, lower, upper, n, groups."""
+
+
+def real(value: float | None) -> float:
+    return math.nan if value is None else float(value)
+
+
+def finite(values: Iterable[float | None]) -> list[float]:
+    return [value for value in values if value is not None and math.isfinite(value)]
+
+
+def ends(numbers: Numbers) -> list[float]:
+    """The value and both ends of an estimate, those that are known."""
+    return finite([numbers["value"], numbers["lower"], numbers["upper"]])
+
+
+def number(value: float | None) -> str:
+    """Three significant digits; "not measured" for NaN and None."""
+    if value is None or math.isnan(value):
+        return "not measured"
+    if math.isinf(value):
+        return "∞" if value > 0 else "−∞"
+    text = f"{value:,.0f}" if 1000 <= abs(value) < 1e7 else f"{value:.3g}"
+    return text.replace("-", "−", 1) if text.startswith("-") else text
+
+
+def estimate(numbers: Numbers) -> str:
+    """value [lower, upper], or the value alone where there is no interval."""
+    interval = finite([numbers["lower"], numbers["upper"]])
+    return number(numbers["value"]) + (f" [{number(interval[0])}, {number(interval[1])}]" if len(interval) == 2 else "")
+
+
+def ratio(value: float | None) -> str:
+    """A ratio that is known to have been measured, so that None was infinite."""
+    return "∞" if value is None or not math.isfinite(value) else number(value)
+
+
+def lines(*parts: str) -> str:
+    """Parts below each other in a plotly label; empty ones are left out."""
+    return "<br>".join(part for part in parts if part)
+
+
+def safe(text: str) -> str:
+    """Plotly reads a little HTML in its labels; words from data files and models are shown as they are."""
+    return html.escape(str(text), quote=False)

@@ -1,0 +1,156 @@
+"""The command line from outside: exit codes, one clear line for wrong input, and what is left on disk."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dispositions.__main__ import main
+from probes.behaviors import SHIPPED
+
+QUICK = ["--layers", "4", "--prompts", "24", "--search-prompts", "8", "--controls", "2", "--generations", "2",
+         "--general-texts", "8", "--max-new-tokens", "4"]  # fmt: skip
+
+
+def run(capsys, *arguments: str) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as stop:
+        main([str(a) for a in arguments])
+    out, err = capsys.readouterr()
+    return stop.value.code, out, err
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """A run folder. Two controls are too few to decide, so the verdict is INCONCLUSIVE."""
+    out = tmp_path_factory.mktemp("runs") / "quick"
+    with pytest.raises(SystemExit) as stop:
+        main(["verify", "sentiment", "--out", str(out), *QUICK])
+    assert stop.value.code == 3
+    return out
+
+
+def test_a_run_leaves_everything_it_promises(finished):
+    assert {p.name for p in finished.iterdir()} == {
+        "recipe.json",
+        "verdict.json",
+        "direction.safetensors",
+        "report.html",
+    }
+    verdict = json.loads((finished / "verdict.json").read_text())
+    assert verdict["verdict"] == "INCONCLUSIVE"
+    assert verdict["cost"]["forward_tokens"] > 0
+
+
+def test_a_finished_run_is_read_back_not_repeated(finished, capsys):
+    before = (finished / "verdict.json").stat().st_mtime_ns
+    code, out, _ = run(capsys, "verify", "sentiment", "--out", finished, *QUICK)
+    assert code == 3
+    assert "holds this verdict already" in out
+    assert (finished / "verdict.json").stat().st_mtime_ns == before
+
+
+def test_another_recipe_in_the_same_folder_is_refused_and_nothing_is_lost(finished, capsys):
+    before = (finished / "verdict.json").read_bytes()
+    code, _, err = run(capsys, "verify", "sentiment", "--out", finished, *QUICK, "--seed", "1")
+    assert code == 2
+    assert "holds another recipe (config.seed was 0 and is now 1)" in err
+    assert (finished / "verdict.json").read_bytes() == before
+
+
+def test_report_is_written_again_from_the_verdict_alone(finished, capsys):
+    first = (finished / "report.html").read_text()
+    (finished / "report.html").unlink()
+    code, out, _ = run(capsys, "report", finished)
+    assert code == 3
+    assert "INCONCLUSIVE" in out
+    assert (finished / "report.html").read_text() == first
+
+
+@pytest.fixture
+def files(tmp_path) -> Path:
+    good = (SHIPPED / "sentiment.jsonl").read_text().splitlines()
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "broken.jsonl").write_text("\n".join([*good[:3], "{oops", *good[3:6]]))
+    long = json.loads(good[1])
+    long["messages"][0]["content"] = "the soup was lovely . " * 200
+    (tmp_path / "long.jsonl").write_text("\n".join([good[0], json.dumps(long), *good[2:]]))
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "config.json").write_text('{"model_type": "qwen3_5_text"}')
+    (tmp_path / "plain.txt").write_text("hello")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["verify", "kindness"], "unknown behaviour 'kindness'; shipped are"),
+        (["verify", "{}/absent.jsonl"], "no such file"),
+        (["verify", "{}/empty.jsonl"], "empty.jsonl is empty"),
+        (["verify", "{}/broken.jsonl"], "broken.jsonl line 4: not valid JSON"),
+        (["verify", "{}/long.jsonl"], "longer than the context of organism, 512 tokens"),
+        (["verify", "sentiment", "--layers", "9"], "layer 9 is out of range: organism has layers 0 to 7"),
+        (["verify", "sentiment", "--layers", "-1"], "layer -1 is negative"),
+        (["verify", "sentiment", "--model", "{}/bare"], "no weights in model folder"),
+        (["verify", "sentiment", "--model", "{}/nowhere"], "no model at"),
+        (["verify", "sentiment", "--model", "{}/absent.gguf"], "no such file"),
+        (["verify", "sentiment", "--dtype", "int3"], "unknown dtype 'int3'; allowed are auto, float32"),
+        (["verify", "sentiment", "--out", "{}/plain.txt"], "is a file; --out must be a folder"),
+        (["verify", "sentiment-en"], "% of its tokens are unknown to the tokenizer"),
+        (["capture", "sentiment", "--sites", "gdn.stat", "--out", "{}/c"], "unknown site 'gdn.stat'; allowed are"),
+        (
+            ["capture", "sentiment", "--sites", "gdn.state", "--layers", "3", "--out", "{}/c"],
+            "does not exist at layer 3 (attention)",
+        ),
+        (["capture", "sentiment", "--positions", "first", "--out", "{}/c"], "first"),
+        (["capture", "sentiment", "--persona", "kind", "--out", "{}/c"], "unknown persona 'kind'; allowed are"),
+        (["behaviors", "kindness"], "unknown behaviour 'kindness'"),
+        (["report", "{}"], "no verdict at"),
+        (["report", "{}/plain.txt"], "not JSON"),
+    ],
+)
+def test_wrong_input_is_one_clear_line_and_exit_code_2(files, capsys, monkeypatch, arguments, message):
+    monkeypatch.chdir(files)
+    code, _, err = run(capsys, *[a.replace("{}", str(files)) for a in arguments])
+    said = [line for line in err.splitlines() if line.startswith("dispositions: ")]
+    assert code == 2
+    assert len(said) == 1
+    assert message in said[0]
+    assert "Traceback" not in err
+    assert not list(files.glob("runs/*/verdict.json"))
+
+
+def test_capture_writes_and_says_what_it_holds(tmp_path, capsys):
+    code, out, _ = run(
+        capsys, "capture", "sentiment", "--sites", "resid", "gdn.state", "--layers", "1,2", "--out", tmp_path / "c"
+    )
+    assert code == 0
+    assert "capture of organism: 192 prompts, resid at layers 1-2, gdn.state at layers 1-2" in out
+
+
+def test_behaviors_lists_what_ships_and_shows_one(capsys):
+    code, out, _ = run(capsys, "behaviors")
+    assert code == 0
+    assert all(
+        name in out for name in ("follow-direction", "sentiment", "hedging", "follow-direction-en", "sentiment-en")
+    )
+    code, out, _ = run(capsys, "behaviors", "follow-direction")
+    assert code == 0
+    assert "unwanted:" in out
+
+
+def test_a_crash_does_not_look_like_a_verdict(capsys, monkeypatch):
+    monkeypatch.setattr("dispositions.commands.shipped_behaviors", lambda: 1 / 0)
+    code, _, err = run(capsys, "behaviors")
+    assert code == 70
+    assert "ZeroDivisionError" in err
+
+
+def test_help_teaches_without_loading_a_model():
+    done = subprocess.run(
+        [sys.executable, "-m", "dispositions", "verify", "--help"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0
+    for word in ("INCONCLUSIVE", "--layers", "--shuffle-labels", "--direction", "--seed"):
+        assert word in done.stdout

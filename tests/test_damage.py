@@ -1,0 +1,75 @@
+"""Perplexity and divergence against plain formulas, and repetition against texts whose answer is plain."""
+
+import json
+import math
+from contextlib import nullcontext
+
+import pytest
+import torch
+
+from probes.damage import damage, read_general, repetition
+from probes.directions import Direction
+from probes.errors import WrongInput
+from probes.steering import steer
+
+
+def pushed(model, dose):
+    vector = torch.nn.functional.normalize(torch.ones(64), dim=0)
+    return steer(model, Direction(layer=4, vector=vector, norm=2.0, midpoint=0.0), dose=dose)
+
+
+@torch.no_grad()
+def test_perplexity_and_divergence_equal_an_unbatched_computation(tiny):
+    general = read_general(tiny).take(12)
+    found = damage(tiny, general, lambda: pushed(tiny, 1.0), batch_tokens=200)
+    nll = {False: 0.0, True: 0.0}
+    kl, count = 0.0, 0
+    for ids, scored in zip(general.ids, general.scored, strict=True):
+        tensor, logs = torch.tensor([ids]), {}
+        for edited in (False, True):
+            with pushed(tiny, 1.0) if edited else nullcontext():
+                logs[edited] = tiny.hf(input_ids=tensor, use_cache=False).logits[0].double().log_softmax(-1)
+        for i in range(1, len(ids)):
+            if scored[i]:
+                count += 1
+                kl += float((logs[False][i - 1].exp() * (logs[False][i - 1] - logs[True][i - 1])).sum())
+                for edited in (False, True):
+                    nll[edited] -= float(logs[edited][i - 1, ids[i]])
+    assert found.tokens == count == general.tokens
+    assert found.perplexity == pytest.approx(math.exp(nll[False] / count), rel=1e-4)
+    assert found.perplexity_ratio == pytest.approx(math.exp((nll[True] - nll[False]) / count), rel=1e-4)
+    assert found.kl == pytest.approx(kl / count, rel=1e-3, abs=1e-6)
+
+
+def test_no_intervention_does_no_damage(tiny):
+    found = damage(tiny, read_general(tiny).take(6), nullcontext)
+    assert (found.perplexity_ratio, found.kl) == (1.0, 0.0)
+
+
+def test_general_text_of_dialogues_scores_answers_only(tiny, tmp_path):
+    path = tmp_path / "g.jsonl"
+    path.write_text(
+        json.dumps({"messages": [{"role": "user", "content": "sort 2 1 ."}, {"role": "assistant", "content": "1 2 ."}]})
+    )
+    general = read_general(tiny, path)
+    marked = [token for token, scored in zip(general.ids[0], general.scored[0], strict=True) if scored]
+    assert tiny.tokenizer.decode(marked) == "1 2 ."
+
+
+def test_the_shipped_text_is_chosen_by_what_the_tokenizer_knows(tiny):
+    assert read_general(tiny).name == "general-organism"
+
+
+def test_missing_and_empty_texts_are_refused(tiny, tmp_path):
+    with pytest.raises(WrongInput, match="no such file"):
+        read_general(tiny, tmp_path / "absent.txt")
+    (tmp_path / "e.txt").write_text("\n")
+    with pytest.raises(WrongInput, match="is empty"):
+        read_general(tiny, tmp_path / "e.txt")
+
+
+def test_repetition_counts_trigrams_seen_before():
+    assert repetition("a b c d e f") == 0.0
+    assert repetition("a b c a b c a b c") == pytest.approx(4 / 7)
+    assert repetition("word") == 0.0
+    assert repetition("no no no no no no no no no no no no") == pytest.approx(0.9)

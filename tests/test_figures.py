@@ -1,0 +1,209 @@
+"""The figures: what is drawn is what the evidence says, and what is not there is named."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from verdicts import DOSES, NAMES, numbers, sample
+
+from analysis import figures
+from analysis.words import number
+from probes.criteria import Verdict
+from probes.evidence import control_threshold
+
+
+@pytest.fixture(params=["PASS", "FAIL", "INCONCLUSIVE"])
+def verdict(request: pytest.FixtureRequest) -> Verdict:
+    return sample(request.param)
+
+
+def trace(figure: Any, name: str) -> Any:
+    return next(t for t in figure.data if t.name == name)
+
+
+def words_of(figure: Any) -> str:
+    """Everything that is written in a figure."""
+    notes = [note.text for note in figure.layout.annotations]
+    return " ".join([*notes, *(t.name or "" for t in figure.data), *(str(t.hovertext) for t in figure.data)])
+
+
+def bounds(estimates: list[dict[str, Any]]) -> tuple[list[float], list[float]]:
+    return [e["upper"] - e["value"] for e in estimates], [e["value"] - e["lower"] for e in estimates]
+
+
+def test_layer_sweep_shows_each_layer_by_kind(verdict):
+    evidence = verdict.evidence
+    figure: Any = figures.layer_sweep(verdict)
+    for kind, (label, color, symbol) in figures.KINDS.items():
+        rows, drawn = [row for row in evidence["layers"] if row["kind"] == kind], trace(figure, label)
+        assert list(drawn.x) == [row["layer"] for row in rows]
+        np.testing.assert_equal(list(drawn.y), [row["effect"]["value"] for row in rows])
+        np.testing.assert_allclose([drawn.error_y.array, drawn.error_y.arrayminus], bounds([r["effect"] for r in rows]))
+        assert list(drawn.marker.symbol) == [symbol if row["coherent"] else f"{symbol}-open" for row in rows]
+        assert drawn.marker.color == color
+    noise = trace(figure, "random directions, ± mean size")
+    np.testing.assert_allclose(noise.base, [-row["random_effect"] for row in evidence["layers"]])
+    np.testing.assert_allclose(noise.y, [2 * row["random_effect"] for row in evidence["layers"]])
+    assert "chosen: layer 4" in words_of(figure)
+    assert "hollow" in words_of(figure)
+
+
+def test_dose_response_shows_curve_window_and_clipped_perplexity(verdict):
+    rows = verdict.evidence["doses"]
+    figure: Any = figures.dose_response(verdict)
+    curve, ratios = trace(figure, "propensity"), trace(figure, "perplexity ratio")
+    assert list(curve.x) == list(ratios.x) == list(DOSES)
+    assert list(curve.y) == [row["propensity"]["value"] for row in rows]
+    np.testing.assert_allclose([curve.error_y.array, curve.error_y.arrayminus], bounds([r["propensity"] for r in rows]))
+    assert list(curve.marker.symbol) == ["circle" if row["coherent"] else "circle-open" for row in rows]
+    assert list(ratios.y[:-1]) == [row["perplexity_ratio"] for row in rows[:-1]]
+    assert ratios.y[-1] == figures.CLIP
+    assert ratios.marker.symbol[-1] == "triangle-up"
+    assert list(ratios.text) == [""] * 8 + ["∞"]
+    windows = {(shape.x0, shape.x1) for shape in figure.layout.shapes if shape.type == "rect"}
+    assert windows == {(-0.5, 0.5)}
+    lines = [shape for shape in figure.layout.shapes if shape.type == "line"]
+    assert {(shape.x0, shape.yref) for shape in lines if shape.x0 == shape.x1} == {
+        (0.5, "y domain"),
+        (0.5, "y2 domain"),
+    }
+    assert [(shape.y0, shape.yref) for shape in lines if shape.y0 == shape.y1] == [(1.5, "y2")]
+    low, high = figure.layout.yaxis2.range
+    assert low < 0 < math.log10(figures.CLIP) < high
+    assert figure.layout.yaxis.range[0] < 0 < figure.layout.yaxis.range[1]
+
+
+def test_dose_curve_without_perplexity_says_so():
+    rows = [{"dose": dose, "propensity": numbers(dose, dose - 1, dose + 1)} for dose in (1.0, -1.0, 0.0)]
+    figure: Any = figures.dose_curve(rows)
+    assert list(trace(figure, "propensity").x) == [-1.0, 0.0, 1.0]
+    assert "not measured: no ordinary text was modelled" in words_of(figure)
+
+
+def test_controls_show_every_control_and_the_bar():
+    verdict = sample("PASS")
+    found = verdict.evidence["controls"]
+    figure: Any = figures.controls(verdict)
+    for kind, rows in found["kinds"].items():
+        assert list(trace(figure, kind).x) == [row["effect"] for row in rows]
+    target = figure.data[0]
+    assert target.x == (verdict.evidence["effect"]["value"],)
+    np.testing.assert_allclose(
+        [target.error_x.array, target.error_x.arrayminus], bounds([verdict.evidence["effect"]])
+    )  # fmt: skip
+    bar = control_threshold(found)[0]
+    by_hand = max(np.percentile(np.abs([row["effect"] for row in rows]), 95) for rows in found["kinds"].values())
+    assert bar == pytest.approx(by_hand)
+    assert sorted(shape.x0 for shape in figure.layout.shapes) == [-bar, bar]
+    assert f"to clear: {number(bar)}" in words_of(figure)
+    assert "sentiment" in words_of(figure)
+
+
+def test_prompt_effects_show_every_prompt_sorted_and_count_the_wrong_way():
+    verdict = sample("PASS")
+    figure: Any = figures.prompt_effects(verdict)
+    effects = sorted(row["effect"] for row in verdict.evidence["prompts"])
+    wrong = sum(effect < 0 for effect in effects)
+    assert wrong > 0
+    bars = trace(figure, "prompts")
+    assert list(bars.y) == effects
+    assert list(bars.marker.color) == [figures.WRONG] * wrong + [figures.TARGET] * (48 - wrong)
+    assert f"wrong way: {wrong} of 48</b></span> (allowed: 25%)" in words_of(figure)
+    assert all(
+        row["id"] in words_of(figure) and row["group"] in words_of(figure) for row in verdict.evidence["prompts"]
+    )
+    mean = verdict.evidence["effect"]
+    band, line = figure.layout.shapes
+    assert (band.y0, band.y1, line.y0) == (mean["lower"], mean["upper"], mean["value"])
+
+
+def test_rows_of_estimates_are_the_evidence():
+    verdict = sample("PASS")
+    evidence, rows = verdict.evidence, {}
+    rows["phases"] = [row["effect"] for row in evidence["phases"]]
+    persona, steered = evidence["baseline"]["persona"], next(r for r in evidence["doses"] if r["dose"] == verdict.dose)
+    rows["baseline"] = [
+        persona["unwanted"],
+        evidence["baseline"]["propensity"],
+        steered["propensity"],
+        persona["wanted"],
+    ]
+    rows["necessity"] = [evidence["necessity"]["before"], evidence["necessity"]["drop"]]
+    rows["decodability"] = [evidence["decodability"]["auroc"]]
+    for name, estimates in rows.items():
+        figure: Any = figures.draw(verdict)[name]
+        for y, (drawn, estimate) in enumerate(zip(figure.data, estimates, strict=False)):
+            assert (drawn.x, drawn.y) == ((estimate["value"],), (y,))
+            np.testing.assert_allclose([drawn.error_x.array, drawn.error_x.arrayminus], bounds([estimate]))
+            low, high = figure.layout.xaxis.range
+            assert low < min(0.0, estimate["lower"])
+            assert high > max(0.0, estimate["upper"])
+    assert list(trace(figures.necessity(verdict), "random").x) == evidence["necessity"]["random_drops"]
+    assert list(trace(figures.decodability(verdict), "shuffled labels").x) == evidence["decodability"]["shuffled"]
+    assert [drawn.marker.color for drawn in figures.phases(verdict).data] == [
+        figures.NOISE,
+        figures.NOISE,
+        figures.TARGET,
+    ]
+
+
+def test_damage_shows_three_measures_against_their_limits():
+    figure: Any = figures.damage(sample("PASS"))
+    shown = {name: trace(figure, f"damage: {name}") for name in ("perplexity", "KL", "repetition")}
+    assert {name: drawn.x[0] for name, drawn in shown.items()} == {"perplexity": 1.17, "KL": 0.084, "repetition": 0.02}
+    assert {drawn.marker.color for drawn in shown.values()} == {figures.TARGET}
+    limits = [(s.x0, s.xref) for s in figure.layout.shapes if s.line.dash == "dash"]
+    assert limits == [(1.5, "x"), (0.2, "x3")]
+
+
+def test_damage_beyond_the_scale_is_clipped_with_a_mark():
+    figure: Any = figures.damage(sample("FAIL"))
+    drawn = trace(figure, "damage: perplexity")
+    assert drawn.marker.symbol == "triangle-right"
+    assert drawn.marker.color == figures.WRONG
+    assert drawn.text == ("<b>∞</b>",)
+    assert drawn.x[0] <= figure.layout.xaxis.range[1]
+
+
+def test_every_axis_has_its_unit():
+    drawn: dict[str, Any] = dict(figures.draw(sample("PASS")))
+    assert list(drawn) == NAMES
+    for name in NAMES:
+        figure: Any = drawn[name]
+        said = f"{words_of(figure)} {figure.layout.xaxis.title.text} {figure.layout.xaxis2.title.text}"
+        unit = {"decodability": "AUROC", "damage": "nats a token"}.get(name, "nats of log-odds wanted/unwanted")
+        assert unit in said, name
+    assert "residual norms" in str(drawn["dose-response"].layout.xaxis2.title.text)
+
+
+def test_what_is_missing_is_said_with_its_reason():
+    drawn = {name: words_of(figure) for name, figure in figures.draw(sample("FAIL")).items()}
+    assert "not measured: layer 2" in drawn["layer-sweep"]
+    assert "<b>not measured</b><br>no control directions were run" in drawn["controls"]
+    assert drawn["baseline"].count("not measured: no personas") == 2
+    assert "not measured: fd-005" in drawn["prompt-effects"]
+    assert "<b>not measured</b><br>no held-out prompt shows the behaviour" in drawn["necessity"]
+    page = Page(report.render(sample("FAIL"))).words
+    assert "not measured: a drawn vector has none" in page
+    assert "was not measured: the behaviour has no scoring patterns" in page
+    assert "Not measured: nothing was generated." in page
+
+
+def test_a_verdict_without_any_evidence_still_gives_a_page():
+    whole = sample("FAIL")
+    bare = replace(whole, evidence={}, controls={}, phases=(), recipe={}, criteria=whole.criteria[:2], cost={})
+    drawn = figures.draw(bare)
+    assert list(drawn) == NAMES
+    assert all("<b>not measured</b>" in words_of(figure) for figure in drawn.values())
+    assert Page(report.render(bare)).words.count("not measured") >= 3
+
+
+def test_figures_leave_the_evidence_alone(verdict):
+    before = copy.deepcopy(dict(verdict.evidence))
+    report.render(verdict)
+    np.testing.assert_equal(dict(verdict.evidence), before)

@@ -1,0 +1,189 @@
+"""The report: it says everything that the verdict holds, shows hostile text without obeying it, and loads nothing."""
+
+from __future__ import annotations
+
+import math
+import re
+import shutil
+import subprocess
+from dataclasses import asdict, fields
+from html.parser import HTMLParser
+from itertools import pairwise
+from typing import Any
+
+import pytest
+from verdicts import HOSTILE, NAMES, TOPICS, sample
+
+from analysis import figures, report
+from analysis.words import number
+from probes.criteria import GateCriteria, Verdict, open_verdict
+
+
+@pytest.fixture(params=["PASS", "FAIL", "INCONCLUSIVE"])
+def verdict(request: pytest.FixtureRequest) -> Verdict:
+    return sample(request.param)
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, and the text outside scripts and styles, by tag."""
+
+    def __init__(self, html: str):
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.cells: list[str] = []
+        self.words, self.styles, self.scripts = "", "", 0
+        self._inside = ""
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        self._inside = tag
+        self.scripts += tag == "script"
+        if tag in ("td", "th"):
+            self.cells.append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        self._inside = "" if tag in ("script", "style") else self._inside
+
+    def handle_data(self, data: str) -> None:
+        if self._inside == "style":
+            self.styles += data
+        elif self._inside != "script":
+            self.words += data
+            if self.cells:
+                self.cells[-1] += data
+
+
+@pytest.mark.parametrize("name", ["PASS", "FAIL", "INCONCLUSIVE"])
+def test_samples_are_what_they_are_named_for(name):
+    assert sample(name).verdict == name
+
+
+def test_every_criterion_is_on_the_page_with_its_numbers(verdict):
+    page = Page(report.render(verdict))
+    assert verdict.verdict in page.words
+    assert verdict.sentence[1:] in page.words
+    for criterion in verdict.criteria:
+        row = page.cells.index(criterion.name + criterion.meaning) - 1
+        seen = page.cells[row : row + 6]
+        assert seen[0].strip() == str(criterion.number)
+        assert seen[2].strip() == criterion.status
+        shown = "∞" if math.isinf(criterion.observed) else number(criterion.observed)
+        assert seen[3].startswith(shown)
+        if criterion.lower is not None:
+            assert seen[3].strip() == f"{shown}{number(criterion.lower)} to {number(criterion.upper)}"
+        if criterion.threshold is not None:
+            assert seen[4].strip().endswith(number(criterion.threshold))
+        assert seen[5].strip() == (f"{criterion.n:,}" if criterion.n else "–")
+
+
+def test_page_says_what_was_asked_how_it_was_run_and_what_was_answered():
+    verdict = sample("PASS")
+    words = re.sub(r"\s+", " ", Page(report.render(verdict)).words)
+    for said in (
+        "Does what it is told, or something else.", "the model does what is asked", "the model turns to something else",
+        "120 contrast pairs in 20 topic groups", "arches, doors, roofs", ", ".join(TOPICS), "1,234,567", "41.2",
+        "0.95 (0.92 to 0.97)", "i brace the tower first .", "i seal the bridge 15 now .", "10 more", "88%", "44%", "GDN",
+        '"weights_hash": "fedcba9876543210"',
+    ):  # fmt: skip
+        assert said in words, said
+    for rule, value in asdict(GateCriteria()).items():
+        assert f"{rule} {number(value)} {report.THRESHOLDS[rule]}" in re.sub(r"\s+", " ", " ".join(_cells(verdict))), (
+            rule
+        )
+
+
+def _cells(verdict: Verdict) -> list[str]:
+    return Page(report.render(verdict)).cells
+
+
+def test_every_threshold_is_explained():
+    assert set(report.THRESHOLDS) == {f.name for f in fields(GateCriteria)}
+
+
+def test_page_refers_to_nothing_outside_itself(verdict):
+    page = Page(report.render(verdict))
+    loading = ("src", "srcset", "href", "data", "action", "formaction", "poster", "background", "ping")
+    references = [value for _, attrs in page.tags for key, value in attrs.items() if key in loading]
+    assert [value for value in references if not (value or "").startswith("#")] == []
+    assert not {"link", "base", "iframe", "object", "embed", "img"} & {tag for tag, _ in page.tags}
+    assert "url(" not in page.styles
+    assert "@import" not in page.styles
+    policy = next(attrs["content"] for tag, attrs in page.tags if attrs.get("http-equiv") == "Content-Security-Policy")
+    assert policy is not None
+    assert policy.startswith("default-src 'none';")
+    assert not re.search(r"https?:|\*", policy)
+
+
+def test_plotly_is_inside_exactly_once(verdict):
+    html = report.render(verdict)
+    assert html.count(figures.plotly_script()) == 1
+    assert html.count("Plotly.newPlot(") - figures.plotly_script().count("Plotly.newPlot(") == len(NAMES)
+
+
+def test_page_is_of_bearable_size(verdict):
+    size = len(report.render(verdict).encode())
+    assert size < 6_000_000
+    assert size - len(figures.plotly_script().encode()) < 200_000
+
+
+def test_hostile_text_is_shown_and_not_obeyed():
+    harmless, page = Page(report.render(sample("PASS"))), Page(report.render(sample("hostile")))
+    assert page.scripts == harmless.scripts
+    assert [tag for tag, _ in page.tags] == [tag for tag, _ in harmless.tags]
+    assert page.words.count(HOSTILE) >= 9
+    assert all("onerror" not in attrs for _, attrs in page.tags)
+    drawn = figures.draw(sample("hostile"))
+    assert "<script" not in "".join(words_of(figure) for figure in drawn.values())
+    assert "&lt;script&gt;" in words_of(drawn["prompt-effects"])
+
+
+def test_page_can_be_read_by_machines(verdict):
+    page = Page(report.render(verdict))
+    headings = [int(tag[1]) for tag, _ in page.tags if re.fullmatch("h[1-6]", tag)]
+    assert headings.count(1) == 1
+    assert headings[0] == 1
+    assert all(after <= before + 1 for before, after in pairwise(headings))
+    assert all(attrs.get("scope") in ("row", "col") for tag, attrs in page.tags if tag == "th")
+    assert ("html", {"lang": "en"}) in page.tags
+    ids = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
+    assert len(ids) == len(set(ids))
+    assert {str(attrs["href"])[1:] for tag, attrs in page.tags if tag == "a"} <= set(ids)
+
+
+def test_page_is_the_same_from_a_verdict_on_disk(verdict, tmp_path):
+    verdict.save(tmp_path / "verdict.json")
+    assert report.render(open_verdict(tmp_path)) == report.render(verdict)
+
+
+def test_report_is_whole_or_absent(tmp_path, monkeypatch):
+    path = tmp_path / "new" / "report.html"
+    assert report.write_report(sample("PASS"), path) == path
+    before = path.read_text(encoding="utf-8")
+    assert before == report.render(sample("PASS"))
+
+    def fail(*_: Any) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr("os.replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        report.write_report(sample("FAIL"), path)
+    assert path.read_text(encoding="utf-8") == before
+    assert [p.name for p in path.parent.iterdir()] == ["report.html"]
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
+@pytest.mark.parametrize("name", ["PASS", "FAIL", "INCONCLUSIVE", "hostile"])
+def test_a_browser_draws_every_figure_without_a_network(name, tmp_path):
+    path = report.write_report(sample(name), tmp_path / "report.html")
+    command = [
+        "chromium", "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
+        "--disable-component-update", "--disable-sync", "--host-resolver-rules=MAP * ~NOTFOUND",
+        f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=10000", "--dump-dom", path.as_uri(),
+    ]  # fmt: skip
+    result = subprocess.run(command, capture_output=True, text=True, timeout=180, check=True)
+    dom = re.sub(r"<script.*?</script>", "", result.stdout, flags=re.DOTALL)
+    assert re.findall(r'<div id="([a-z-]+)" class="[^"]*js-plotly-plot', dom) == NAMES
+    assert dom.count('class="main-svg"') >= len(NAMES)
+    assert "<title>owned" not in dom
+    assert "Content Security Policy" not in result.stderr

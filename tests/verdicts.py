@@ -1,0 +1,173 @@
+"""Verdicts to draw and report: complete, lacking, undecided and hostile ones, made from a fixed seed."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, replace
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from probes import stats
+from probes.behaviors import Behavior
+from probes.criteria import GateCriteria, Verdict, decide
+from probes.evidence import judge, sentence
+
+HOSTILE = "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"
+TOPICS = ("bridges", "boats", "fences", "lamps", "pipes", "towers", "walls", "wheels")
+DOSES = (-1.0, -0.75, -0.5, -0.25, 0.0, 0.25, 0.5, 0.75, 1.0)
+NAMES = (
+    "layer-sweep dose-response controls baseline prompt-effects necessity phases decodability damage".split()
+)  # fmt: skip
+
+
+def numbers(value: float, lower: float, upper: float, n: int = 48) -> dict[str, Any]:
+    return asdict(stats.Estimate(value=value, lower=lower, upper=upper, n=n, groups=8))
+
+
+def complete(*, strength: float = 1.0, prompts: int = 48) -> dict[str, Any]:
+    """Evidence with every piece, from a fixed seed; `strength` scales what the direction does."""
+    rng = np.random.default_rng(7)
+    groups = [TOPICS[i % len(TOPICS)] for i in range(prompts)]
+
+    def estimate(values: Any) -> dict[str, Any]:
+        return stats.mean(list(values), groups).as_dict()
+
+    plain = rng.normal(-0.4, 1.5, prompts)
+    slope = strength * rng.normal(3.6, 2.2, prompts)
+    effects = slope * math.tanh(0.6)
+    layers = [
+        {
+            "layer": i, "kind": "attention" if i % 4 == 3 else "gdn", "dose": 0.5, "perplexity_ratio": ratio,
+            "effect": estimate(strength * rng.normal(size, 0.5, prompts)), "random_effect": 0.12 + 0.02 * i,
+            "coherent": ratio <= 1.5, "reliability": 0.9 + 0.01 * i, "chosen": i == 4,
+        }
+        for i, (size, ratio) in enumerate(
+            [(0.1, 1.0), (0.3, 1.0), (0.9, 1.02), (1.4, 1.1), (1.9, 1.08), (1.6, 1.2), (2.3, 1.9), (2.6, math.inf)]
+        )
+    ]  # fmt: skip
+    doses = [
+        {
+            "dose": dose, "propensity": estimate(plain + slope * math.tanh(1.2 * dose)),
+            "effect": estimate(slope * math.tanh(1.2 * dose)), "perplexity_ratio": ratio, "coherent": ratio <= 1.5,
+        }
+        for dose, ratio in zip(DOSES, (6.1, 1.8, 1.2, 1.04, 1.0, 1.03, 1.15, 1.6, math.inf), strict=True)
+    ]  # fmt: skip
+    shares = {"unsteered": (0.5, 0.4375, 0.0), "steered": (0.875, 0.0625, 0.02), "against": (0.125, 0.75, 0.05)}
+    return {
+        "split": {"fit": ["arches", "doors", "roofs"], "held_out": list(TOPICS)},
+        "behavior": {
+            "description": "Does what it is told, or something else.", "wanted": "does what is asked",
+            "unwanted": "turns to something else", "items": 120, "groups": 20, "hash": "0123456789abcdef",
+        },
+        "layers": layers,
+        "direction": {
+            "method": "mean difference", "contrast": "persona", "norm": 11.3, "gap": 8.2, "n": 72,
+            "reliability": numbers(0.95, 0.92, 0.97, 72),
+        },
+        "doses": doses,
+        "dose_response": {"doses": list(DOSES[2:7]), "spearman": numbers(1.0, 0.97, 1.0, prompts)},
+        "prompts": [
+            {"id": f"fd-{i:03d}", "group": group, "baseline": float(b), "effect": float(e)}
+            for i, (group, b, e) in enumerate(zip(groups, plain, effects, strict=True))
+        ],
+        "effect": estimate(effects),
+        "controls": {
+            "kinds": {
+                "random": [{"effect": float(e), "name": ""} for e in rng.normal(0, 0.15, 20)],
+                "shuffled labels": [{"effect": float(e), "name": ""} for e in rng.normal(0, 0.3, 20)],
+                "unrelated": [{"effect": 0.31, "name": "sentiment"}, {"effect": -0.12, "name": "hedging"}],
+            },
+            "percentile": 95.0,
+        },
+        "decodability": {
+            "auroc": numbers(0.97, 0.94, 0.99, prompts), "selectivity": 0.46,
+            "shuffled": rng.uniform(0.35, 0.66, 20).tolist(),
+        },
+        "phases": [
+            {"phase": phase, "effect": estimate(scale * effects), "working": phase == "both"}
+            for phase, scale in (("prefill", 0.8), ("decode", 0.15), ("both", 1.0))
+        ],
+        "necessity": {
+            "where": "wanted persona", "before": estimate(plain + 5), "drop": estimate(1.7 * effects),
+            "random_drops": rng.normal(0, 0.2, 10).tolist(),
+        },
+        "baseline": {
+            "persona": {"wanted": estimate(plain + 5), "unwanted": estimate(plain - 4), "gain": numbers(5.0, 4.6, 5.3)},
+            "propensity": estimate(plain),
+        },
+        "damage": {"perplexity": 8.1, "perplexity_ratio": 1.17, "kl": 0.084, "tokens": 2140},
+        "generation": {
+            label: {"shares": {"wanted": w, "unwanted": u, "neither": 1 - w - u}, "repetition": r, "n": 16}
+            for label, (w, u, r) in shares.items()
+        },
+        "examples": [
+            {
+                "id": f"fd-{i:03d}", "prompt": f"the bridge {i} leaks . the tower sags . please seal the bridge {i} .",
+                "unsteered": "i brace the tower first .", "steered": f"i seal the bridge {i} now .",
+                "against": "brace the tower : better .",
+                "sides": {"unsteered": "unwanted", "steered": "wanted", "against": "neither"},
+            }
+            for i in range(16)
+        ],
+        "counts": {"prompts": prompts, "groups": 8, "controls": 20},
+    }  # fmt: skip
+
+
+def lacking() -> dict[str, Any]:
+    """A weak direction, drawn, on a model that breaks; a behaviour without personas or patterns."""
+    evidence = complete(strength=0.05)
+    evidence["necessity"] = None
+    evidence["baseline"]["persona"] = {}
+    evidence["controls"]["kinds"] = {"random": [], "shuffled labels": [], "unrelated": []}
+    evidence["damage"] |= {"perplexity": math.inf, "perplexity_ratio": math.inf, "kl": math.inf}
+    evidence["direction"] |= {"reliability": None, "method": "random"}
+    evidence["layers"][2]["effect"] |= {"value": math.nan, "lower": math.nan, "upper": math.nan}
+    evidence["prompts"][5]["effect"] = math.nan
+    for made in evidence["generation"].values():
+        made["shares"] = None
+    evidence["examples"] = []
+    return evidence
+
+
+def verdict_of(evidence: dict[str, Any], **other: Any) -> Verdict:
+    """What the gate would say of the evidence."""
+    rules, about = GateCriteria(), evidence["behavior"]
+    name = other.get("behavior", "follow-direction")
+    behavior = Behavior(
+        name=name, description=about["description"], wanted_means=about["wanted"], unwanted_means=about["unwanted"],
+        items=(), hash=about["hash"],
+    )  # fmt: skip
+    criteria = judge(evidence, rules)
+    outcome = other.pop("verdict", decide(criteria))
+    found = Verdict(
+        verdict=outcome, sentence=sentence(outcome, criteria, evidence, behavior), behavior=name, model="organism",
+        site="resid", layer=4, dose=0.5, phase="both", criteria=criteria, controls=evidence["controls"],
+        phases=evidence["phases"], cost={"forward_tokens": 1_234_567, "seconds": 41.2}, evidence=evidence,
+        recipe={
+            "behavior": name, "model": "organism", "weights_hash": "fedcba9876543210",
+            "config": {"seed": 0, "criteria": asdict(rules)}, "versions": {"torch": "2.8.0"},
+        },
+    )  # fmt: skip
+    return replace(found, **other)
+
+
+def hostile() -> Verdict:
+    """Markup in every text that comes from data or a model."""
+    evidence = complete()
+    evidence["behavior"] |= {"description": HOSTILE, "wanted": HOSTILE, "unwanted": HOSTILE}
+    evidence["split"]["held_out"][0] = HOSTILE
+    evidence["prompts"][0] |= {"id": HOSTILE, "group": HOSTILE}
+    evidence["controls"]["kinds"]["unrelated"][0]["name"] = HOSTILE
+    evidence["examples"][0] |= {"id": HOSTILE, "prompt": HOSTILE, "steered": HOSTILE}
+    return verdict_of(evidence, behavior=HOSTILE, model=HOSTILE)
+
+
+@cache
+def sample(name: str) -> Verdict:
+    """One verdict of each kind; the FAIL lacks whatever a verdict may lack."""
+    if name == "hostile":
+        return hostile()
+    evidence = {"PASS": complete, "FAIL": lacking, "INCONCLUSIVE": lambda: complete(prompts=16)}[name]()
+    return verdict_of(evidence, **({"verdict": "FAIL"} if name == "FAIL" else {}))
