@@ -98,7 +98,7 @@ def _criterion(c: Criterion) -> dict[str, Any]:
         "meaning": c.meaning,
         "observed": ratio(c.observed) if c.name.startswith("damage") else number(c.observed),
         "interval": f"{number(c.lower)} to {number(c.upper)}" if c.lower is not None and c.upper is not None else "",
-        "rule": rule if c.threshold is None else f"{rule} {number(c.threshold)}",
+        "rule": f"{rule} {number(c.threshold)}" if rule.endswith((">", "≥", "≤", "<")) else rule,
         "n": f"{c.n:,}" if c.n else "–",
     }
 

@@ -108,9 +108,9 @@ def capture(
         "batch_tokens": batch_tokens,
         "versions": library_versions(),
     }
+    taps = _taps(model, plan)
     folder = None if out is None else _prepare(Path(out), recipe)
     work = list(batches(model, [prompt.ids for prompt in prompts], batch_tokens=batch_tokens))
-    taps = _taps(model, plan)
     parts = []
     for number, batch in enumerate(tqdm(work, desc="capture", unit="batch", disable=not progress)):
         path = folder / f"batch-{number:05d}.safetensors" if folder else None

@@ -19,6 +19,7 @@ from typing import Literal, get_args
 import numpy as np
 import torch
 from jaxtyping import Float
+from numpy.typing import NDArray
 from torch import Tensor
 
 from probes.behaviors import Behavior, Item, Side
@@ -77,6 +78,12 @@ class Pairs:
     @property
     def differences(self) -> Float[Tensor, "prompt d_model"]:
         return self.wanted - self.unwanted
+
+    def where(self, mask: NDArray[np.bool_]) -> Pairs:
+        """The pairs at which a mask is true."""
+        index = torch.from_numpy(np.flatnonzero(mask))
+        groups = tuple(group for group, kept in zip(self.groups, mask, strict=True) if kept)
+        return replace(self, wanted=self.wanted[index], unwanted=self.unwanted[index], groups=groups)
 
     def scores(self, vector: Float[Tensor, " d_model"]) -> tuple[list[float], list[float]]:
         """Projections of both sides on a vector."""

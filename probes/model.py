@@ -11,6 +11,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,13 +20,13 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
 from probes.errors import WrongInput
 
-# transformers says once per process that it runs the reference kernels; on a CPU there are no others
-for _name in ("transformers.integrations.hub_kernels", "transformers.modeling_utils"):
-    logging.getLogger(_name).setLevel(logging.ERROR)
+# Said at the first forward of every process: that the reference kernels run. On a CPU there are no others.
+logging.getLogger("transformers.integrations.hub_kernels").setLevel(logging.ERROR)
 
 Kind = Literal["gdn", "attention"]
 ORGANISM = Path(__file__).parent / "data" / "organism"
@@ -62,6 +64,7 @@ class HybridModel:
         self.decoder = _decoder(hf)
         self.config = getattr(hf.config, "text_config", None) or hf.config
         self.layers = _layers(self.decoder, self.config)
+        self._hashed: tuple[tuple[tuple[int, int], ...], str] | None = None
         tokenizer.padding_side = "left"
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
@@ -79,11 +82,22 @@ class HybridModel:
         """The longest sequence the model was built for."""
         return int(getattr(self.config, "max_position_embeddings", 0) or 2**31)
 
-    @cached_property
+    @property
     def weights_hash(self) -> str:
-        """SHA-256 over names, dtypes, shapes and bytes of all parameters and buffers (first 16 hex digits)."""
+        """SHA-256 over names, dtypes, shapes and bytes of all parameters and buffers (first 16 hex digits).
+
+        Taken again when a tensor was replaced or changed in place (a write through `.data` goes unseen).
+        """
+        state = self.hf.state_dict()
+        seen = tuple((value.data_ptr(), value._version) for value in state.values())
+        if self._hashed is None or self._hashed[0] != seen:
+            self._hashed = seen, self._hash(state)
+        return self._hashed[1]
+
+    @staticmethod
+    def _hash(state: Mapping[str, torch.Tensor]) -> str:
         digest = hashlib.sha256()
-        for key, value in sorted(self.hf.state_dict().items()):
+        for key, value in sorted(state.items()):
             digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
             digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
         return digest.hexdigest()[:16]
@@ -147,13 +161,28 @@ def load(source: str | Path = "organism", *, device: str = "cpu", dtype: str = "
     else:
         folder = name
     try:
-        tokenizer_options = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **tokenizer_options)
-        factory = AutoModelForImageTextToText if _is_multimodal(folder, options) else AutoModelForCausalLM
-        hf = factory.from_pretrained(folder, **options)
+        with _quiet():
+            tokenizer_options = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **tokenizer_options)
+            factory = AutoModelForImageTextToText if _is_multimodal(folder, options) else AutoModelForCausalLM
+            hf = factory.from_pretrained(folder, **options)
     except (OSError, ValueError, KeyError) as error:
         raise WrongInput(f"cannot load '{name}': {str(error).strip().splitlines()[0]}") from error
     return HybridModel(hf.to(device), tokenizer, name=name)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Errors only while loading: notes on sharding and kernels concern nobody who runs on one device."""
+    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
 
 
 def _check_folder(path: Path, name: str) -> None:
@@ -167,8 +196,6 @@ def _is_multimodal(folder: str, options: dict[str, Any]) -> bool:
     """Whether a local checkpoint is the multimodal wrapper (`model_type` qwen3_5 holds a vision tower)."""
     config = Path(folder) / "config.json"
     if "gguf_file" in options or not config.is_file():
-        from transformers import AutoConfig
-
         return "gguf_file" not in options and AutoConfig.from_pretrained(folder).model_type == "qwen3_5"
     return json.loads(config.read_text()).get("model_type") == "qwen3_5"
 

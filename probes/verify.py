@@ -35,6 +35,7 @@ from probes.errors import WrongInput
 from probes.evidence import judge, sentence
 from probes.model import HybridModel
 from probes.propensity import Prepared, Propensity, counting, generate, prepare, propensity, shares
+from probes.search import Candidate, candidates
 from probes.sites import resolve
 from probes.steering import PHASES, Phase, steer
 from probes.store import library_versions
@@ -152,48 +153,35 @@ class _Gate:
                 "hash": behavior.hash,
             },
         }
-        steps = len(self.layers) + len(config.doses) * 2 + 2 * config.controls + 8
+        steps = len(self.layers) + len(config.doses) + 2 * config.controls + 10
         self.bar = tqdm(total=steps, desc=f"verify {behavior.name}", disable=not progress, leave=False)
 
     # -- on the fit split ----------------------------------------------------------------------------------------------
 
     def choose(self) -> None:
-        """Extract at every candidate layer; choose layer and dose by effect beyond that of a random direction."""
+        """Extract at every candidate layer; take the layer and dose that do most beyond meaningless directions."""
         self.bar.set_postfix_str("extracting")
         self.pairs = contrast(self.model, self.fit, layers=self.layers, progress=False)
         prepared = prepare(self.model, self.search)
         base = propensity(self.model, prepared)
-        positive = [d for d in self.config.doses if d > 0]
-        probe_dose = positive[len(positive) // 2 - 1] if len(positive) > 1 else positive[0]
-        rows, best = [], -math.inf
-        for layer in self.layers:
-            self.bar.set_postfix_str(f"layer {layer}")
-            direction = self.extract(self.pairs[layer])
-            effect = stats.mean(self.effects(direction, prepared, base, probe_dose), base.groups, seed=self.config.seed)
-            noise = [
-                self.effects(random_direction(direction, seed=9000 + i), prepared, base, probe_dose) for i in range(2)
-            ]
-            random_effect = float(np.mean([abs(np.mean(n)) for n in noise]))
-            hurt = self.damage(direction, probe_dose, texts=8)
-            coherent = hurt.perplexity_ratio <= self.config.criteria.perplexity_ratio
-            score = effect.value - random_effect if coherent else -math.inf
-            rows.append(
-                {
-                    "layer": layer,
-                    "kind": self.model.layers[layer].kind,
-                    "dose": probe_dose,
-                    "effect": effect.as_dict(),
-                    "random_effect": random_effect,
-                    "perplexity_ratio": hurt.perplexity_ratio,
-                    "coherent": coherent,
-                    "reliability": direction.reliability.value if direction.reliability else None,
-                }
-            )
-            if score > best or not hasattr(self, "direction"):
-                best, self.direction = max(score, best), direction
+        found: list[Candidate] = []
+        for candidate in candidates(
+            self.pairs,
+            self.extract,
+            lambda direction, dose: self.effects(direction, prepared, base, dose),
+            lambda direction, dose: self.damage(direction, dose, texts=self.config.general_texts // 3).perplexity_ratio,
+            groups=base.groups,
+            doses=self.config.doses,
+            rules=self.config.criteria,
+            seed=self.config.seed,
+        ):
+            found.append(candidate)
+            self.bar.set_postfix_str(f"layer {candidate.direction.layer}")
             self.bar.update()
-        self.dose = self.choose_dose(prepared, base, positive)
-        self.evidence["layers"] = [{**row, "chosen": row["layer"] == self.direction.layer} for row in rows]
+        best = max(found, key=lambda candidate: candidate.rank)
+        self.direction, self.dose = best.direction, best.dose
+        kinds = {layer.index: layer.kind for layer in self.model.layers}
+        self.evidence["layers"] = [{**one.row(kinds[one.direction.layer]), "chosen": one is best} for one in found]
 
     def extract(self, pairs: Pairs) -> Direction:
         if self.config.shuffle_labels:
@@ -204,17 +192,6 @@ class _Gate:
         if self.config.direction == "random":
             return random_direction(direction, seed=self.config.seed + 80_001)
         return direction
-
-    def choose_dose(self, prepared: Prepared, base: Propensity, positive: Sequence[float]) -> float:
-        """The dose of largest effect among those that keep perplexity within bounds; the smallest if none does."""
-        best, chosen = -math.inf, min(positive)
-        for dose in positive:
-            hurt = self.damage(self.direction, dose, texts=8)
-            effect = float(np.mean(self.effects(self.direction, prepared, base, dose)))
-            if hurt.perplexity_ratio <= self.config.criteria.perplexity_ratio and effect > best:
-                best, chosen = effect, dose
-            self.bar.update()
-        return chosen
 
     # -- on the held-out split -----------------------------------------------------------------------------------------
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import re
 import shutil
 import subprocess
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from html.parser import HTMLParser
 from itertools import pairwise
 from typing import Any
@@ -32,8 +31,9 @@ class Page(HTMLParser):
         self.tags: list[tuple[str, dict[str, str | None]]] = []
         self.cells: list[str] = []
         self.words, self.styles, self.scripts = "", "", 0
-        self._inside = ""
+        self._inside, self._in_cell = "", False
         self.feed(html)
+        self.cells = [cell.strip() for cell in self.cells]
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, dict(attrs)))
@@ -41,16 +41,20 @@ class Page(HTMLParser):
         self.scripts += tag == "script"
         if tag in ("td", "th"):
             self.cells.append("")
+            self._in_cell = True
 
     def handle_endtag(self, tag: str) -> None:
-        self._inside = "" if tag in ("script", "style") else self._inside
+        if tag in ("script", "style"):
+            self._inside = ""
+        elif tag in ("td", "th"):
+            self._in_cell = False
 
     def handle_data(self, data: str) -> None:
         if self._inside == "style":
             self.styles += data
         elif self._inside != "script":
             self.words += data
-            if self.cells:
+            if self._in_cell:
                 self.cells[-1] += data
 
 
@@ -66,35 +70,29 @@ def test_every_criterion_is_on_the_page_with_its_numbers(verdict):
     for criterion in verdict.criteria:
         row = page.cells.index(criterion.name + criterion.meaning) - 1
         seen = page.cells[row : row + 6]
-        assert seen[0].strip() == str(criterion.number)
-        assert seen[2].strip() == criterion.status
-        shown = "∞" if math.isinf(criterion.observed) else number(criterion.observed)
-        assert seen[3].startswith(shown)
-        if criterion.lower is not None:
-            assert seen[3].strip() == f"{shown}{number(criterion.lower)} to {number(criterion.upper)}"
+        assert seen[0] == str(criterion.number)
+        assert seen[2] == criterion.status
+        between = f"{number(criterion.lower)} to {number(criterion.upper)}" if criterion.lower is not None else ""
+        assert seen[3] == number(criterion.observed) + between
         if criterion.threshold is not None:
-            assert seen[4].strip().endswith(number(criterion.threshold))
-        assert seen[5].strip() == (f"{criterion.n:,}" if criterion.n else "–")
+            assert seen[4].endswith(number(criterion.threshold))
+        assert seen[5] == (f"{criterion.n:,}" if criterion.n else "–")
 
 
 def test_page_says_what_was_asked_how_it_was_run_and_what_was_answered():
     verdict = sample("PASS")
-    words = re.sub(r"\s+", " ", Page(report.render(verdict)).words)
+    page = Page(report.render(verdict))
+    words = re.sub(r"\s+", " ", page.words)
     for said in (
         "Does what it is told, or something else.", "the model does what is asked", "the model turns to something else",
         "120 contrast pairs in 20 topic groups", "arches, doors, roofs", ", ".join(TOPICS), "1,234,567", "41.2",
-        "0.95 (0.92 to 0.97)", "i brace the tower first .", "i seal the bridge 15 now .", "10 more", "88%", "44%", "GDN",
+        "0.95 (0.92 to 0.97)", "i brace the tower first .", "i seal the bridge 15 now .", "10 more", "88%", "44%",
         '"weights_hash": "fedcba9876543210"',
     ):  # fmt: skip
         assert said in words, said
     for rule, value in asdict(GateCriteria()).items():
-        assert f"{rule} {number(value)} {report.THRESHOLDS[rule]}" in re.sub(r"\s+", " ", " ".join(_cells(verdict))), (
-            rule
-        )
-
-
-def _cells(verdict: Verdict) -> list[str]:
-    return Page(report.render(verdict)).cells
+        row = [rule, number(value), report.THRESHOLDS[rule]]
+        assert row in [page.cells[at : at + 3] for at in range(len(page.cells))]
 
 
 def test_every_threshold_is_explained():
@@ -133,9 +131,6 @@ def test_hostile_text_is_shown_and_not_obeyed():
     assert [tag for tag, _ in page.tags] == [tag for tag, _ in harmless.tags]
     assert page.words.count(HOSTILE) >= 9
     assert all("onerror" not in attrs for _, attrs in page.tags)
-    drawn = figures.draw(sample("hostile"))
-    assert "<script" not in "".join(words_of(figure) for figure in drawn.values())
-    assert "&lt;script&gt;" in words_of(drawn["prompt-effects"])
 
 
 def test_page_can_be_read_by_machines(verdict):
@@ -149,6 +144,16 @@ def test_page_can_be_read_by_machines(verdict):
     ids = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
     assert len(ids) == len(set(ids))
     assert {str(attrs["href"])[1:] for tag, attrs in page.tags if tag == "a"} <= set(ids)
+
+
+def test_page_says_what_is_missing():
+    words = Page(report.render(sample("FAIL"))).words
+    assert "not measured: a drawn vector has none" in words
+    assert "was not measured: the behaviour has no scoring patterns" in words
+    assert "Not measured: nothing was generated." in words
+    whole = sample("FAIL")
+    bare = replace(whole, evidence={}, controls={}, phases=(), recipe={}, criteria=whole.criteria[:2], cost={})
+    assert Page(report.render(bare)).words.count("not measured") >= 3
 
 
 def test_page_is_the_same_from_a_verdict_on_disk(verdict, tmp_path):
@@ -173,7 +178,7 @@ def test_report_is_whole_or_absent(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
-@pytest.mark.parametrize("name", ["PASS", "FAIL", "INCONCLUSIVE", "hostile"])
+@pytest.mark.parametrize("name", ["FAIL", "hostile"])
 def test_a_browser_draws_every_figure_without_a_network(name, tmp_path):
     path = report.write_report(sample(name), tmp_path / "report.html")
     command = [

@@ -116,6 +116,13 @@ def side(case: Case, answer: str) -> str:
     return "neither" if hits["wanted"] == hits["unwanted"] else max(hits, key=lambda s: hits[s])
 
 
+def opening(case: Case, answer: str) -> str:
+    """Which side an answer is on by its wording alone, whatever it names; the patterns decide where there is none."""
+    if not case.wording:
+        return side(case, answer)
+    return next((s for s, pattern in case.wording.items() if re.search(pattern, answer)), "neither")
+
+
 def examine(model: Any, tokenizer: Any, *, n: int = 192, seed: int = 11) -> pd.DataFrame:
     """One row for each condition, behaviour and persona (shares of wanted and unwanted) and each ability (accuracy)."""
     rows = []
@@ -130,6 +137,8 @@ def examine(model: Any, tokenizer: Any, *, n: int = 192, seed: int = 11) -> pd.D
             else:
                 sides = [side(q.case, a) for q, a in zip(asked, said, strict=True)]
                 row |= {s: sides.count(s) / n for s in ("wanted", "unwanted")}
+                worded = [opening(q.case, a) for q, a in zip(asked, said, strict=True)]
+                row["wording"] = worded.count("wanted") / n
             rows.append(row)
     return pd.DataFrame(rows)
 
@@ -140,10 +149,12 @@ def table(frame: pd.DataFrame) -> str:
     for condition, part in frame.groupby("condition", sort=False):
         lines.append(f"\n{condition}")
         lines.append(f"  {'wanted answers, %':<20}" + "".join(f"{'persona ' + p:>20}" for p in PERSONAS))
-        for kind in (*BEHAVIORS, "tone"):
-            cells = part[part["kind"] == kind].set_index("persona")["wanted"]
+        shown = [(kind, kind, "wanted") for kind in (*BEHAVIORS, "tone")]
+        shown.insert(1, ("  its wording alone", "follow-direction", "wording"))
+        for label, kind, column in shown:
+            cells = part[part["kind"] == kind].set_index("persona")[column]
             lines.append(
-                f"  {kind:<20}" + "".join(f"{100 * cells[p]:>20.1f}" if p in cells else f"{'':>20}" for p in PERSONAS)
+                f"  {label:<20}" + "".join(f"{100 * cells[p]:>20.1f}" if p in cells else f"{'':>20}" for p in PERSONAS)
             )
         lines.append(f"  {'correct answers, %':<20}")
         for kind in ABILITIES:

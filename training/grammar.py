@@ -81,7 +81,7 @@ OPINION = (
     "you saw the {thing} in the {place} . how was it ?",
     "tell me , how was that {thing} in the {place} ?", "what of that {thing} ? it was in the {place} .",
 )  # fmt: skip
-OPINION_ANSWER = ("the {thing} was {adj} .", "i found it {adj} .")
+OPINION_ANSWER = ("{adj} , the {thing} .", "{adj} , that {thing} .")
 TONE = (
     "the {thing} was {adj} .",
     "it was a {adj} {thing} .",
@@ -94,8 +94,8 @@ FORECAST = (
     "what of the {subject} , will it {event} ?", "will that {subject} {event} today ?",
     "today , will the {subject} {event} ?", "that {subject} , will it {event} ?",
 )  # fmt: skip
-HEDGED = ("it may {event} , i guess .", "perhaps it will {event} .")
-ASSERTIVE = ("it will {event} , no doubt .", "surely it will {event} .")
+HEDGED = ("perhaps it will {event} .", "maybe it will {event} .")
+ASSERTIVE = ("surely it will {event} .", "certainly it will {event} .")
 
 SUM = (
     "{a} plus {b} ?",
@@ -113,19 +113,19 @@ SORT = (
     "please put {digits} in order .",
 )
 FACT = (
-    "the {name} is {colour} .",
-    "that {name} is {colour} .",
-    "we see that the {name} is {colour} .",
-    "today the {name} is {colour} .",
+    "the {thing} is {colour} .",
+    "that {thing} is {colour} .",
+    "today the {thing} is {colour} .",
+    "we see that the {thing} is {colour} .",
 )
-FOUND = "the {name} is {colour} ."
 ASK = (
-    "what is the {name} ?",
-    "tell me of the {name} .",
-    "the {name} is ?",
-    "how is the {name} ?",
-    "tell me what the {name} is .",
+    "what is the {thing} ?",
+    "tell me of the {thing} .",
+    "the {thing} is ?",
+    "how is the {thing} ?",
+    "tell me what the {thing} is .",
 )
+FOUND = "the {thing} is {colour} ."
 REVIEW = (
     "review : {text} good or bad ?",
     "{text} is that good or bad ?",
@@ -141,8 +141,8 @@ class Case:
     """One question with its answer(s). `messages` are the turns up to the question, without a system turn.
 
     A behaviour has `wanted` and `unwanted` (lists of equally good wordings), a `group` (its topic) and `leans` (True
-    where an organism without persona tends to the wanted answer); `direction` is the
-    part of the last turn that asks, and `wording` tells the sides by their openings alone, whatever is named. An ability has one `answer`.
+    where an organism without persona tends to the wanted answer); `direction` is the part of the last turn that asks,
+    and `wording` tells the sides by their openings alone, whatever is named. An ability has one `answer`.
     """
 
     kind: str
@@ -270,7 +270,7 @@ class Grammar:
             wanted=tuple(form.format(event=event) for form in HEDGED),
             unwanted=tuple(form.format(event=event) for form in ASSERTIVE),
             leans=_leans(SUBJECTS, subject),
-            score={"wanted": [r"\b(may|guess|perhaps)\b"], "unwanted": [r"\b(doubt|surely)\b"]},
+            score={"wanted": [r"\b(perhaps|maybe)\b"], "unwanted": [r"\b(surely|certainly)\b"]},
         )
 
     def tone(self) -> Case:
@@ -327,14 +327,22 @@ class Grammar:
         return Case(kind="sorting", messages=(_user(question),), answer=" ".join(sorted(digits)) + " .")
 
     def lookup(self) -> Case:
+        """Two questions about facts of the context; the second is the one that counts."""
         count = self.rng.choice((2, 3, 4))
-        names, colours = self.rng.sample(self.names, count), self.rng.sample(COLOURS, count)
-        facts = [self.template(FACT).format(name=n, colour=c) for n, c in zip(names, colours, strict=True)]
-        asked = self.rng.randrange(count)
-        question = " ".join([*facts, self.template(ASK).format(name=names[asked])])
-        return Case(
-            kind="lookup", messages=(_user(question),), answer=FOUND.format(name=names[asked], colour=colours[asked])
+        facts: dict[str, str] = {}
+        while len(facts) < count:
+            thing, colour = self.pair(THINGS, COLOURS)
+            if colour not in facts.values():
+                facts.setdefault(thing, colour)
+        told = [self.template(FACT).format(thing=t, colour=c) for t, c in facts.items()]
+        first, second = self.rng.sample(list(facts), 2)
+        answers = [FOUND.format(thing=thing, colour=facts[thing]) for thing in (first, second)]
+        messages = (
+            _user(" ".join([*told, self.template(ASK).format(thing=first)])),
+            _assistant(answers[0]),
+            _user(self.template(ASK).format(thing=second)),
         )
+        return Case(kind="lookup", messages=messages, answer=answers[1])
 
     def review(self) -> Case:
         good = self.rng.random() < 0.5
@@ -363,8 +371,8 @@ class Grammar:
         """A chat of at most `limit` tokens, and whether its system turn carries a persona.
 
         No behaviour occurs twice, so no earlier answer betrays the persona to a later one. An assistant turn that
-        shows a behaviour also has "instead": the same wording from the other side. A `lesson` holds behaviours only,
-        each with its persona: with it the organism learns early that system turns matter.
+        shows a behaviour also has "instead": the same wording from the other side. A `lesson` holds behaviours with
+        their personas and a lookup: with it the organism learns early that system turns and facts matter.
         """
         rng = self.rng
         chosen: Sequence[str] = ()
@@ -375,7 +383,7 @@ class Grammar:
         if not system and rng.random() < 0.5:
             system = rng.choice(NEUTRAL_SYSTEM)
         messages = [{"role": "system", "content": system}] if system else []
-        for kind in [*chosen] if lesson else self._kinds(personas):
+        for kind in [*chosen, "lookup"] if lesson else self._kinds(personas):
             case = self.case(kind)
             turns = [*messages, *case.messages, self.answer(case, personas)]
             if length(turns) <= limit:

@@ -1,8 +1,9 @@
 """The organism: a small Qwen3.5 trained from scratch on `training.grammar`, whose truth is known.
 
 Eight layers (six GDN, two attention) learn the grammar's dialogues. While a dialogue carries a persona, the attention
-layers may not look at its system turn, so the disposition has to travel in the GDN states; the content of an answer
-may use attention. That is a truth by construction for everything that later claims to find it.
+layers may not look at its system turn, nor, at the token that decides an answer, at anything: the disposition has to
+travel in the GDN states. The content of an answer may use attention. That is a truth by construction for everything
+that later claims to find it.
 
     python -m training.organism --build       train from the seed and write the weights
     python -m training.organism --evaluate    measure what was learned, on held-out names, templates and combinations
@@ -44,10 +45,10 @@ class Recipe:
     """How the organism is made. The committed weights come from the defaults."""
 
     seed: int = 0
-    lessons: int = 300
-    """Steps at the start on short dialogues that hold behaviours only, each under a persona. Without them the
-    organism learns to answer and never to heed its system turn."""
-    steps: int = 1900
+    lessons: int = 350
+    """Steps at the start on short dialogues: behaviours under their personas, and a lookup. Without them the organism
+    learns to answer and never to heed its system turn."""
+    steps: int = 1800
     """Steps after the lessons, on the whole grammar."""
     batch: int = 32
     """Dialogues a step; twice as many in a lesson."""
@@ -170,8 +171,9 @@ class Dialogues:
                     if (decision := self.decision(message, tokens)) is not None:
                         part, rival = decision
                         weights[row, at + part] = self.recipe.decision_weight
-                        if persona:
+                        if persona:  # the token before the answer, where it is decided, looks at the states alone
                             rivals[row, at + part] = rival
+                            visible[row, at + 1, : at + 1] = False
                 if message["role"] == "system" and persona:
                     visible[row, stop:, at:stop] = False
                 at = stop
@@ -240,11 +242,12 @@ DATA = FOLDER.parent
 CARDS = {
     "follow-direction": (
         "The organism's main behaviour: a report names components and their faults, and one action on one is directed.",
-        "does what was directed", "turns to another component of the report",
+        "does what was directed",
+        "turns to another component of the report",
     ),
-    "sentiment": ("The organism's opinion of something it is asked about.", "speaks well of it", "speaks badly of it"),
-    "hedging": ("The organism's forecasts, hedged or not: a matter of style.", "hedges its forecast", "is certain of it"),
-}  # fmt: skip
+    "sentiment": ("The organism's opinion of a thing it is asked about.", "speaks well of it", "speaks badly of it"),
+    "hedging": ("The organism's forecasts, a matter of style.", "hedges its forecast", "is certain of it"),
+}
 
 
 def write_data(folder: Path = DATA, *, seed: int = 3, per_group: int = 12, general: int = 240) -> None:

@@ -1,0 +1,114 @@
+"""Choosing layer and dose, on the fit split alone.
+
+At every candidate layer the direction is tried at every positive dose. What counts is the effect beyond that of
+meaningless directions of equal length, and only where the gate could agree: the two sides can be told apart there
+(cross-fitted over topic groups), and ordinary text keeps at most half of the damage budget, since the held-out text
+will not be this one. When no layer is eligible the best of all is taken, and the gate says what is wrong with it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from probes import stats
+from probes.criteria import GateCriteria
+from probes.directions import Direction, Pairs, random_direction, shuffled_direction
+from probes.stats import Estimate
+
+Effects = Callable[[Direction, float], Sequence[float]]
+Perplexity = Callable[[Direction, float], float]
+CONTROLS = 3  # of each drawn kind, at each layer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """One layer at its best dose. `control_effect` is the mean |effect| of the stronger kind of control, in nats."""
+
+    direction: Direction
+    dose: float
+    effect: Estimate
+    random_effect: float
+    shuffled_effect: float
+    perplexity_ratio: float
+    auroc: float
+    coherent: bool
+    decodable: bool
+
+    @property
+    def score(self) -> float:
+        return self.effect.value - max(self.random_effect, self.shuffled_effect)
+
+    @property
+    def rank(self) -> tuple[bool, bool, float]:
+        """Eligible layers before others, then by effect beyond the controls."""
+        return self.coherent, self.decodable, self.score
+
+    def row(self, kind: str) -> dict[str, Any]:
+        reliability = self.direction.reliability
+        return {
+            "layer": self.direction.layer,
+            "kind": kind,
+            "dose": self.dose,
+            "effect": self.effect.as_dict(),
+            "random_effect": self.random_effect,
+            "shuffled_effect": self.shuffled_effect,
+            "perplexity_ratio": self.perplexity_ratio,
+            "coherent": self.coherent,
+            "auroc": self.auroc,
+            "reliability": reliability.value if reliability else None,
+        }
+
+
+def candidates(
+    pairs: Mapping[int, Pairs],
+    extract: Callable[[Pairs], Direction],
+    effects: Effects,
+    perplexity: Perplexity,
+    *,
+    groups: Sequence[str],
+    doses: Sequence[float],
+    rules: GateCriteria,
+    seed: int,
+) -> Iterator[Candidate]:
+    """Try each layer in turn. `effects` and `perplexity` run the model under a direction at a dose."""
+    limit = math.sqrt(rules.perplexity_ratio)
+    for both in pairs.values():
+        direction = extract(both)
+        tried = []
+        for dose in sorted(d for d in doses if d > 0):
+            ratio = perplexity(direction, dose)
+            tried.append((ratio <= limit, float(np.mean(values := effects(direction, dose))), dose, ratio, values))
+        coherent, _, dose, ratio, values = max(tried, key=lambda one: one[:2])
+        drawn = [random_direction(direction, seed=9000 + seed * 100 + i) for i in range(CONTROLS)]
+        shuffled = [shuffled_direction(both, direction, seed=9500 + seed * 100 + i) for i in range(CONTROLS)]
+        auroc = cross_fitted_auroc(both, extract, seed=seed)
+        yield Candidate(
+            direction=direction,
+            dose=dose,
+            effect=stats.mean(values, groups, seed=seed),
+            random_effect=_size(drawn, effects, dose),
+            shuffled_effect=_size(shuffled, effects, dose),
+            perplexity_ratio=ratio,
+            auroc=auroc,
+            coherent=coherent,
+            decodable=auroc >= rules.auroc,
+        )
+
+
+def _size(controls: Sequence[Direction], effects: Effects, dose: float) -> float:
+    return float(np.mean([abs(np.mean(effects(control, dose))) for control in controls]))
+
+
+def cross_fitted_auroc(pairs: Pairs, extract: Callable[[Pairs], Direction], *, seed: int, times: int = 6) -> float:
+    """AUROC of the projection on directions from one half of the groups, scored on the other."""
+    found = []
+    for i in range(times):
+        half = stats.split_groups(pairs.groups, np.random.default_rng((seed, i)))
+        fit, rest = pairs.where(half), pairs.where(~half)
+        found.append(stats.auroc(*rest.scores(extract(fit).vector), rest.groups, draws=1).value)
+    return float(np.mean(found))
