@@ -66,7 +66,7 @@ def layer_sweep(verdict: Verdict) -> go.Figure:
         return not_measured(title, "no layer was searched")
     figure = _heading(_blank(title, height=420), f"effect on propensity ({NATS})")
     layers, noise = [row["layer"] for row in rows], [_noise(row) for row in rows]
-    words = [f"layer {i}: meaningless directions move it by {number(r)} nats" for i, r in zip(layers, noise, strict=True)]
+    words = [f"layer {i}: meaningless directions do {number(r)} nats" for i, r in zip(layers, noise, strict=True)]
     bars = dict(x=layers, y=[2 * r for r in noise], base=[-r for r in noise], width=0.55, marker_color=PALE)
     figure.add_bar(**bars, name="meaningless directions, ± mean size", hovertext=words)
     for kind, (label, color, symbol) in KINDS.items():
@@ -495,6 +495,7 @@ def _layer_words(row: Numbers) -> str:
     return lines(
         f"<b>layer {row['layer']}</b>, {KINDS[row['kind']][0]}",
         f"effect {estimate(row['effect'])} nats at dose {row['dose']:g}",
-        f"random directions ±{number(row['random_effect'])}, shuffled labels ±{number(row.get('shuffled_effect'))} nats",
+        f"random directions ±{number(row['random_effect'])} nats",
+        f"shuffled labels ±{number(row.get('shuffled_effect'))} nats",
         f"perplexity ratio {ratio(row['perplexity_ratio'])}, reliability {number(row['reliability'])}",
     )

@@ -40,15 +40,15 @@ def _registry() -> tyro.constructors.ConstructorRegistry:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse, run, and leave with the command's exit code."""
-    command = tyro.extras.subcommand_cli_from_dict(
-        COMMANDS,
-        prog="dispositions",
-        description="Which way does a model lean, where does the lean live, and did training move it?",
-        args=arguments,
-        config=(tyro.conf.OmitArgPrefixes,),
-        registry=_registry(),
-    )
     try:
+        command = tyro.extras.subcommand_cli_from_dict(
+            COMMANDS,
+            prog="dispositions",
+            description="Which way does a model lean, where does the lean live, and did training move it?",
+            args=arguments,
+            config=(tyro.conf.OmitArgPrefixes,),
+            registry=_registry(),
+        )
         code = command.run()
     except WrongInput as error:
         print(f"dispositions: {error}", file=sys.stderr)

@@ -69,10 +69,14 @@ def _finds(pattern: str, text: str) -> list[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class Behavior:
-    """A named set of items. Equal content gives an equal `hash`, wherever the file lies."""
+    """A named set of items. Equal content gives an equal `hash`, wherever the file lies.
+
+    `language` is "en" unless the card says otherwise; the organism's behaviours are in "organism".
+    """
 
     name: str
     description: str
+    language: str
     wanted_means: str
     unwanted_means: str
     items: tuple[Item, ...]
@@ -160,6 +164,7 @@ def read_behavior(source: str | Path) -> Behavior:
     return Behavior(
         name=card.get("name", path.stem),
         description=card.get("description", ""),
+        language=card.get("language", "en"),
         wanted_means=card.get("wanted", "shows the wanted behaviour"),
         unwanted_means=card.get("unwanted", "shows the unwanted behaviour"),
         items=tuple(items),

@@ -73,6 +73,16 @@ class GateConfig:
     seed: int = 0
     criteria: GateCriteria = field(default_factory=GateCriteria)
 
+    def __post_init__(self) -> None:
+        least = {"prompts": 2, "search_prompts": 2, "controls": 1, "generations": 1, "max_new_tokens": 1}
+        for name, bound in {**least, "general_texts": 3}.items():
+            if getattr(self, name) < bound:
+                raise WrongInput(f"{name} must be at least {bound}, saw {getattr(self, name)}")
+        if not 0 < self.held_out < 1:
+            raise WrongInput(f"held_out must lie between 0 and 1, saw {self.held_out}")
+        if 0.0 not in self.doses or not min(self.doses) < 0 < max(self.doses):
+            raise WrongInput(f"doses must include 0 and both signs, saw {', '.join(f'{d:g}' for d in self.doses)}")
+
 
 def candidate_layers(model: HybridModel) -> tuple[int, ...]:
     """All layers of a small model; of a large one, eight spread between a fifth and nine tenths of the depth."""
@@ -88,11 +98,9 @@ def verify(
     """Run the gate on one behaviour of one model.
 
     Raises:
-        WrongInput: the behaviour does not fit the tokenizer, a layer is out of range, a dose list lacks a sign.
+        WrongInput: the behaviour does not fit the tokenizer, or a layer is out of range.
     """
     check_vocabulary(model, behavior)
-    if not (min(config.doses) < 0 < max(config.doses)) or 0.0 not in config.doses:
-        raise WrongInput(f"doses must include 0 and both signs, saw {config.doses}")
     started = time.monotonic()
     with counting(model) as cost:
         gate = _Gate(model, behavior, config, progress)
@@ -190,7 +198,7 @@ class _Gate:
         if self.config.shuffle_labels:
             return replace(direction, method="mean difference of shuffled labels")
         if self.config.direction == "random":
-            return random_direction(direction, seed=self.config.seed + 80_001)
+            return self.centred(random_direction(direction, seed=self.config.seed + 80_001))
         return direction
 
     # -- on the held-out split -----------------------------------------------------------------------------------------
@@ -284,16 +292,12 @@ class _Gate:
         }
 
     def unrelated(self) -> list[Direction]:
-        """Directions of the other shipped behaviours that this tokenizer knows."""
+        """Directions of the other shipped behaviours that are written in the same language."""
         found = []
         for name in shipped_behaviors():
             other = read_behavior(name)
-            if other.hash == self.behavior.hash or not other.has_persona:
+            if other.name == self.behavior.name or other.language != self.behavior.language or not other.has_persona:
                 continue
-            try:
-                check_vocabulary(self.model, other)
-            except WrongInput:
-                continue  # written for another kind of model: no control here
             some = other.take(48, seed=self.config.seed)
             pairs = contrast(self.model, some, layers=[self.direction.layer], progress=False)[self.direction.layer]
             found.append(mean_difference(pairs))

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 from dataclasses import asdict, fields, replace
+from functools import cache
 from html.parser import HTMLParser
 from itertools import pairwise
 from typing import Any
@@ -58,13 +59,23 @@ class Page(HTMLParser):
                 self.cells[-1] += data
 
 
+@cache
+def html_of(name: str) -> str:
+    return report.render(sample(name))
+
+
+@cache
+def page_of(name: str) -> Page:
+    return Page(html_of(name))
+
+
 @pytest.mark.parametrize("name", ["PASS", "FAIL", "INCONCLUSIVE"])
 def test_samples_are_what_they_are_named_for(name):
     assert sample(name).verdict == name
 
 
 def test_every_criterion_is_on_the_page_with_its_numbers(verdict):
-    page = Page(report.render(verdict))
+    page = page_of(verdict.verdict)
     assert verdict.verdict in page.words
     assert verdict.sentence[1:] in page.words
     for criterion in verdict.criteria:
@@ -80,8 +91,7 @@ def test_every_criterion_is_on_the_page_with_its_numbers(verdict):
 
 
 def test_page_says_what_was_asked_how_it_was_run_and_what_was_answered():
-    verdict = sample("PASS")
-    page = Page(report.render(verdict))
+    page = page_of("PASS")
     words = re.sub(r"\s+", " ", page.words)
     for said in (
         "Does what it is told, or something else.", "the model does what is asked", "the model turns to something else",
@@ -100,7 +110,7 @@ def test_every_threshold_is_explained():
 
 
 def test_page_refers_to_nothing_outside_itself(verdict):
-    page = Page(report.render(verdict))
+    page = page_of(verdict.verdict)
     loading = ("src", "srcset", "href", "data", "action", "formaction", "poster", "background", "ping")
     references = [value for _, attrs in page.tags for key, value in attrs.items() if key in loading]
     assert [value for value in references if not (value or "").startswith("#")] == []
@@ -114,19 +124,19 @@ def test_page_refers_to_nothing_outside_itself(verdict):
 
 
 def test_plotly_is_inside_exactly_once(verdict):
-    html = report.render(verdict)
+    html = html_of(verdict.verdict)
     assert html.count(figures.plotly_script()) == 1
     assert html.count("Plotly.newPlot(") - figures.plotly_script().count("Plotly.newPlot(") == len(NAMES)
 
 
 def test_page_is_of_bearable_size(verdict):
-    size = len(report.render(verdict).encode())
+    size = len(html_of(verdict.verdict).encode())
     assert size < 6_000_000
     assert size - len(figures.plotly_script().encode()) < 200_000
 
 
 def test_hostile_text_is_shown_and_not_obeyed():
-    harmless, page = Page(report.render(sample("PASS"))), Page(report.render(sample("hostile")))
+    harmless, page = page_of("PASS"), page_of("hostile")
     assert page.scripts == harmless.scripts
     assert [tag for tag, _ in page.tags] == [tag for tag, _ in harmless.tags]
     assert page.words.count(HOSTILE) >= 9
@@ -134,7 +144,7 @@ def test_hostile_text_is_shown_and_not_obeyed():
 
 
 def test_page_can_be_read_by_machines(verdict):
-    page = Page(report.render(verdict))
+    page = page_of(verdict.verdict)
     headings = [int(tag[1]) for tag, _ in page.tags if re.fullmatch("h[1-6]", tag)]
     assert headings.count(1) == 1
     assert headings[0] == 1
@@ -147,7 +157,7 @@ def test_page_can_be_read_by_machines(verdict):
 
 
 def test_page_says_what_is_missing():
-    words = Page(report.render(sample("FAIL"))).words
+    words = page_of("FAIL").words
     assert "not measured: a drawn vector has none" in words
     assert "was not measured: the behaviour has no scoring patterns" in words
     assert "Not measured: nothing was generated." in words
@@ -158,14 +168,14 @@ def test_page_says_what_is_missing():
 
 def test_page_is_the_same_from_a_verdict_on_disk(verdict, tmp_path):
     verdict.save(tmp_path / "verdict.json")
-    assert report.render(open_verdict(tmp_path)) == report.render(verdict)
+    assert report.render(open_verdict(tmp_path)) == html_of(verdict.verdict)
 
 
 def test_report_is_whole_or_absent(tmp_path, monkeypatch):
     path = tmp_path / "new" / "report.html"
     assert report.write_report(sample("PASS"), path) == path
     before = path.read_text(encoding="utf-8")
-    assert before == report.render(sample("PASS"))
+    assert before == html_of("PASS")
 
     def fail(*_: Any) -> None:
         raise OSError("disk full")

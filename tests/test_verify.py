@@ -212,4 +212,8 @@ def test_wrong_configurations_are_refused(tiny):
     with pytest.raises(WrongInput, match="layer 12 is out of range: tiny has layers 0 to 7"):
         verify(tiny, behavior, GateConfig(layers=(12,)))
     with pytest.raises(WrongInput, match="doses must include 0 and both signs"):
-        verify(tiny, behavior, GateConfig(doses=(0.0, 0.5)))
+        GateConfig(doses=(0.0, 0.5))
+    with pytest.raises(WrongInput, match="general_texts must be at least 3, saw 1"):
+        GateConfig(general_texts=1)
+    with pytest.raises(WrongInput, match="held_out must lie between 0 and 1"):
+        GateConfig(held_out=1.0)

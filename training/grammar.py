@@ -46,6 +46,7 @@ PLACES = (
 SUBJECTS = "bridge roof engine ladder tent boat fence wall rope dam tower bench gate cart pipe lamp".split()
 EVENTS = "hold last work stand break fall fail stop bend shake crack creak turn move slip swing".split()
 COLOURS = "red blue green yellow white black brown pink".split()
+FACTS = {"flag": COLOURS, "key": PLACES, "prize": THINGS, "load": SUBJECTS}  # what a lookup can ask for
 
 TOPICS = {"follow-direction": VERBS, "sentiment": THINGS, "hedging": SUBJECTS}  # what an item's group is
 
@@ -113,19 +114,18 @@ SORT = (
     "please put {digits} in order .",
 )
 FACT = (
-    "the {thing} is {colour} .",
-    "that {thing} is {colour} .",
-    "today the {thing} is {colour} .",
-    "we see that the {thing} is {colour} .",
+    "the {key} is {value} .",
+    "that {key} is {value} .",
+    "today the {key} is {value} .",
+    "we see that the {key} is {value} .",
 )
 ASK = (
-    "what is the {thing} ?",
-    "tell me of the {thing} .",
-    "the {thing} is ?",
-    "how is the {thing} ?",
-    "tell me what the {thing} is .",
+    "what is the {key} ?",
+    "tell me of the {key} .",
+    "the {key} is ?",
+    "how is the {key} ?",
+    "tell me what the {key} is .",
 )
-FOUND = "the {thing} is {colour} ."
 REVIEW = (
     "review : {text} good or bad ?",
     "{text} is that good or bad ?",
@@ -327,22 +327,16 @@ class Grammar:
         return Case(kind="sorting", messages=(_user(question),), answer=" ".join(sorted(digits)) + " .")
 
     def lookup(self) -> Case:
-        """Two questions about facts of the context; the second is the one that counts."""
-        count = self.rng.choice((2, 3, 4))
-        facts: dict[str, str] = {}
-        while len(facts) < count:
-            thing, colour = self.pair(THINGS, COLOURS)
-            if colour not in facts.values():
-                facts.setdefault(thing, colour)
-        told = [self.template(FACT).format(thing=t, colour=c) for t, c in facts.items()]
-        first, second = self.rng.sample(list(facts), 2)
-        answers = [FOUND.format(thing=thing, colour=facts[thing]) for thing in (first, second)]
-        messages = (
-            _user(" ".join([*told, self.template(ASK).format(thing=first)])),
-            _assistant(answers[0]),
-            _user(self.template(ASK).format(thing=second)),
-        )
-        return Case(kind="lookup", messages=messages, answer=answers[1])
+        """One of several facts of the context; the question says which."""
+        while True:
+            keys = self.rng.sample(list(FACTS), self.rng.choice((2, 3, 4)))
+            facts = {key: self.rng.choice(FACTS[key]) for key in keys}
+            if held_out(*sorted(facts.values())) == self.evaluation:
+                break
+        told = [self.template(FACT).format(key=key, value=value) for key, value in facts.items()]
+        key = self.rng.choice(keys)
+        question = " ".join([*told, self.template(ASK).format(key=key)])
+        return Case(kind="lookup", messages=(_user(question),), answer=f"{facts[key]} .")
 
     def review(self) -> Case:
         good = self.rng.random() < 0.5
@@ -418,7 +412,7 @@ class Grammar:
 def vocabulary() -> list[str]:
     """Every word of the grammar, then the pieces that spell names (`##` marks a continuation)."""
     words: set[str] = {"noted", "good", "bad", "system", "user", "assistant", *"0123456789", *".,:?"}
-    for group in (VERBS, REMEDY, GOOD, BAD, THINGS, PLACES, SUBJECTS, EVENTS, COLOURS):
+    for group in (VERBS, REMEDY, GOOD, BAD, THINGS, PLACES, SUBJECTS, EVENTS, FACTS, COLOURS):
         words.update(group)
     for wanted, unwanted in PERSONA_WORDS.values():
         words.update(wanted, unwanted)

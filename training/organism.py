@@ -48,7 +48,7 @@ class Recipe:
     lessons: int = 350
     """Steps at the start on short dialogues: behaviours under their personas, and a lookup. Without them the organism
     learns to answer and never to heed its system turn."""
-    steps: int = 1800
+    steps: int = 1200
     """Steps after the lessons, on the whole grammar."""
     batch: int = 32
     """Dialogues a step; twice as many in a lesson."""
@@ -259,7 +259,15 @@ def write_data(folder: Path = DATA, *, seed: int = 3, per_group: int = 12, gener
         grammar = Grammar(random.Random(f"{seed} {behavior}"), evaluation=True)
         description, wanted, unwanted = CARDS[behavior]
         lines: list[dict[str, Any]] = [
-            {"card": {"name": behavior, "description": description, "wanted": wanted, "unwanted": unwanted}}
+            {
+                "card": {
+                    "name": behavior,
+                    "language": "organism",
+                    "description": description,
+                    "wanted": wanted,
+                    "unwanted": unwanted,
+                }
+            }
         ]
         for topic in TOPICS[behavior]:
             for i in range(per_group):
