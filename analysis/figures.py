@@ -60,7 +60,7 @@ def draw(verdict: Verdict) -> dict[str, go.Figure]:
 
 
 def layer_sweep(verdict: Verdict) -> go.Figure:
-    """Effect with its interval at each searched layer, beside the size of what random directions do there."""
+    """Effect with its interval at each searched layer, beside the size of what meaningless directions do there."""
     title, rows = "Effect at each layer", verdict.evidence.get("layers") or []
     if not rows:
         return not_measured(title, "no layer was searched")
@@ -378,7 +378,8 @@ def _dots(figure: go.Figure, y: int, values: Sequence[float], words: Sequence[st
 
 def _ratio_panel(figure: go.Figure, rows: Sequence[Numbers], marker: Numbers, limit: float | None) -> None:
     """The lower panel of the dose curve: perplexity ratios on a logarithmic scale, clipped with a mark."""
-    _heading(figure, "perplexity ratio on ordinary text (log scale)", panel=2)
+    dashed = f"; dashed: limit {number(limit)}" if limit is not None else ""
+    _heading(figure, f"perplexity ratio (log scale){dashed}", panel=2)
     if not any("perplexity_ratio" in row for row in rows):
         figure.update_yaxes(showticklabels=False, range=[-1, 1], zeroline=False, row=2, col=1)
         _absent(figure, 0, "no ordinary text was modelled", panel=2)
@@ -401,8 +402,6 @@ def _ratio_panel(figure: go.Figure, rows: Sequence[Numbers], marker: Numbers, li
     )
     if limit is not None:
         _line(figure, "y", limit, panel=2)
-        at = max([dose for dose in doses if dose <= 0] or doses)
-        _label(figure, at, math.log10(limit), f"limit {number(limit)}  ", anchor=("right", "bottom"), panel=2)
 
 
 def _place(panel: int, *, x: str = "", y: str = "") -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from probes import stats
-from probes.behaviors import Behavior
+from probes.behaviors import read_behavior
 from probes.criteria import GateCriteria, Verdict, decide
 from probes.evidence import judge, sentence
 
@@ -136,10 +136,9 @@ def verdict_of(evidence: dict[str, Any], **other: Any) -> Verdict:
     """What the gate would say of the evidence."""
     rules, about = GateCriteria(), evidence["behavior"]
     name = other.get("behavior", "follow-direction")
-    behavior = Behavior(
-        name=name, description=about["description"], wanted_means=about["wanted"], unwanted_means=about["unwanted"],
-        items=(), hash=about["hash"],
-    )  # fmt: skip
+    behavior = replace(
+        read_behavior("sentiment-en"), name=name, wanted_means=about["wanted"], unwanted_means=about["unwanted"]
+    )
     criteria = judge(evidence, rules)
     outcome = other.pop("verdict", decide(criteria))
     found = Verdict(

@@ -46,7 +46,7 @@ PLACES = (
 SUBJECTS = "bridge roof engine ladder tent boat fence wall rope dam tower bench gate cart pipe lamp".split()
 EVENTS = "hold last work stand break fall fail stop bend shake crack creak turn move slip swing".split()
 COLOURS = "red blue green yellow white black brown pink".split()
-FACTS = {"flag": COLOURS, "key": PLACES, "prize": THINGS, "load": SUBJECTS}  # what a lookup can ask for
+DISTRACTORS = {"flag": COLOURS, "key": PLACES, "load": SUBJECTS}  # what a lookup does not ask for
 
 TOPICS = {"follow-direction": VERBS, "sentiment": THINGS, "hedging": SUBJECTS}  # what an item's group is
 
@@ -327,16 +327,20 @@ class Grammar:
         return Case(kind="sorting", messages=(_user(question),), answer=" ".join(sorted(digits)) + " .")
 
     def lookup(self) -> Case:
-        """One of several facts of the context; the question says which."""
+        """A fact among facts about other matters."""
         while True:
-            keys = self.rng.sample(list(FACTS), self.rng.choice((2, 3, 4)))
-            facts = {key: self.rng.choice(FACTS[key]) for key in keys}
-            if held_out(*sorted(facts.values())) == self.evaluation:
+            prize = self.rng.choice(THINGS)
+            others = {key: self.rng.choice(values) for key, values in DISTRACTORS.items()}
+            if held_out(prize, *others.values()) == self.evaluation:
                 break
+        facts = {
+            "prize": prize,
+            **{key: others[key] for key in self.rng.sample(list(others), self.rng.choice((1, 2, 3)))},
+        }
         told = [self.template(FACT).format(key=key, value=value) for key, value in facts.items()]
-        key = self.rng.choice(keys)
-        question = " ".join([*told, self.template(ASK).format(key=key)])
-        return Case(kind="lookup", messages=(_user(question),), answer=f"{facts[key]} .")
+        self.rng.shuffle(told)
+        question = " ".join([*told, self.template(ASK).format(key="prize")])
+        return Case(kind="lookup", messages=(_user(question),), answer=f"{prize} .")
 
     def review(self) -> Case:
         good = self.rng.random() < 0.5
@@ -412,7 +416,7 @@ class Grammar:
 def vocabulary() -> list[str]:
     """Every word of the grammar, then the pieces that spell names (`##` marks a continuation)."""
     words: set[str] = {"noted", "good", "bad", "system", "user", "assistant", *"0123456789", *".,:?"}
-    for group in (VERBS, REMEDY, GOOD, BAD, THINGS, PLACES, SUBJECTS, EVENTS, FACTS, COLOURS):
+    for group in (VERBS, REMEDY, GOOD, BAD, THINGS, PLACES, SUBJECTS, EVENTS, DISTRACTORS, COLOURS, ("prize",)):
         words.update(group)
     for wanted, unwanted in PERSONA_WORDS.values():
         words.update(wanted, unwanted)

@@ -45,10 +45,10 @@ class Recipe:
     """How the organism is made. The committed weights come from the defaults."""
 
     seed: int = 0
-    lessons: int = 350
+    lessons: int = 250
     """Steps at the start on short dialogues: behaviours under their personas, and a lookup. Without them the organism
     learns to answer and never to heed its system turn."""
-    steps: int = 1200
+    steps: int = 1050
     """Steps after the lessons, on the whole grammar."""
     batch: int = 32
     """Dialogues a step; twice as many in a lesson."""
