@@ -1,10 +1,13 @@
 # ---
 # jupyter:
 #   jupytext:
+#     cell_metadata_filter: -all
 #     formats: ipynb,py:percent
+#     notebook_metadata_filter: jupytext,kernelspec,-jupytext.text_representation.jupytext_version
 #     text_representation:
 #       extension: .py
 #       format_name: percent
+#       format_version: '1.3'
 #   kernelspec:
 #     display_name: Python 3
 #     language: python
@@ -136,9 +139,8 @@ with steer(model, direction, dose=dose):
     after = propensity(model, prepared)
 print("before: ", before)
 print("after:  ", after)
-before.frame().assign(steered=after.values, effect=after.minus(before)).groupby("group").mean(numeric_only=True).round(
-    2
-)
+scores = before.frame().assign(steered=after.values, effect=after.minus(before))
+scores.groupby("group").mean(numeric_only=True).round(2)
 
 # %% [markdown]
 # ## The dose curve
