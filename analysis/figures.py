@@ -21,7 +21,7 @@ from plotly.io import to_html
 from plotly.offline import get_plotlyjs
 from plotly.subplots import make_subplots
 
-from analysis.words import Numbers, ends, estimate, finite, lines, number, ratio, real, safe
+from analysis.words import Numbers, ends, estimate, finite, lines, number, ratio, real, safe, searched
 from probes.criteria import Verdict
 from probes.evidence import control_threshold
 
@@ -40,7 +40,7 @@ _AXIS = dict(
 TEMPLATE = go.layout.Template(
     layout=dict(
         font=dict(family=FONT, size=12.5, color=INK), margin=dict(l=48, r=24, t=TITLE + 28, b=52), dragmode=False,
-        title=dict(font_size=16, x=0, xref="paper", xanchor="left", yref="container", y=0.97, yanchor="top"),
+        title=dict(font_size=16, x=0.005, xref="container", xanchor="left", yref="container", y=0.97, yanchor="top"),
         paper_bgcolor="white", plot_bgcolor="white", colorway=[TARGET, WRONG, NOISE], hovermode="closest",
         hoverlabel=dict(bgcolor="white", bordercolor=PALE, font=dict(color=INK, size=12.5), align="left"),
         legend=dict(orientation="h", x=0, y=-0.2, yanchor="top", itemclick=False, itemdoubleclick=False),
@@ -66,22 +66,24 @@ def layer_sweep(verdict: Verdict) -> go.Figure:
         return not_measured(title, "no layer was searched")
     figure = _heading(_blank(title, height=420), f"effect on propensity ({NATS})")
     layers, noise = [row["layer"] for row in rows], [_noise(row) for row in rows]
+    marks = {row["layer"]: _eligibility(row, _threshold(verdict, "decodability")) for row in rows}
     words = [f"layer {i}: meaningless directions do {number(r)} nats" for i, r in zip(layers, noise, strict=True)]
     bars = dict(x=layers, y=[2 * r for r in noise], base=[-r for r in noise], width=0.55, marker_color=PALE)
     figure.add_bar(**bars, name="meaningless directions, ± mean size", hovertext=words)
     for kind, (label, color, symbol) in KINDS.items():
         some = [row for row in rows if row["kind"] == kind]
-        symbols = [symbol if row["coherent"] else f"{symbol}-open" for row in some]
+        symbols = [symbol + marks[row["layer"]] for row in some]
         figure.add_scatter(
             x=[row["layer"] for row in some], y=[real(row["effect"]["value"]) for row in some], name=label,
             marker=dict(size=11, color=color, symbol=symbols, line=dict(width=2, color=color)), mode="markers",
-            error_y=_bars([row["effect"] for row in some], color), hovertext=[_layer_words(row) for row in some],
-            showlegend=False,
+            error_y=_bars([row["effect"] for row in some], color), showlegend=False,
+            hovertext=[f"<b>{label}</b> {searched(row)}" for row in some],
         )  # fmt: skip
         if some:
             _legend(figure, label, color, symbol)
-    if not all(row["coherent"] for row in rows):
-        _legend(figure, "hollow: breaks ordinary text", MUTED, "circle-open")
+    for mark, meaning in (("-x-open", "crossed: sides not told apart"), ("-open", "hollow: breaks ordinary text")):
+        if mark in marks.values():
+            _legend(figure, meaning, MUTED, f"circle{mark}")
     for row in rows:
         if row["chosen"]:
             top, text = max([*ends(row["effect"]), 0.0]), f"<b>chosen: layer {row['layer']}</b>"
@@ -130,8 +132,7 @@ def dose_curve(rows: Sequence[Numbers], *, working: float | None = None, limit: 
         figure.add_vrect(x0=min(inside), x1=max(inside), fillcolor=TARGET, opacity=0.08, line_width=0, layer="below")
         key.append(f"<span style='color:{TARGET}'>shaded: coherent window</span>")
     if working is not None:
-        _line(figure, "x", working)
-        _line(figure, "x", working, panel=2)
+        figure.add_vline(x=working, line=dict(color=INK, width=1.2, dash="dash"))
         key.append(f"dashed: working dose {working:g}")
     _heading(figure, lines(f"propensity ({NATS})", "; ".join(key)))
     figure.update_yaxes(range=_span(end for e in estimates for end in ends(e)), row=1, col=1)
@@ -199,21 +200,20 @@ def prompt_effects(verdict: Verdict) -> go.Figure:
     effects = [row["effect"] for row in known]
     colors = [WRONG if e < 0 else TARGET if e > 0 else NOISE for e in effects]
     words = [
-        lines(
-            f"<b>{safe(row['id'])}</b>, topic {safe(row['group'])}",
-            f"effect {number(row['effect'])} nats, unsteered propensity {number(row['baseline'])}",
-        )
+        f"<b>{safe(row['id'])}</b>, topic {safe(row['group'])}<br>effect {number(row['effect'])} nats, "
+        f"unsteered propensity {number(row['baseline'])} nats"
         for row in known
     ]
-    ranks = list(range(1, len(known) + 1))
-    figure.add_bar(x=ranks, y=effects, marker_color=colors, width=0.8, hovertext=words, name="prompts")
+    figure.add_bar(
+        x=[*range(1, len(known) + 1)], y=effects, marker_color=colors, width=0.8, hovertext=words, name="prompts"
+    )
     mean, allowed = verdict.evidence["effect"], _threshold(verdict, "wrong way")
     if finite([mean["lower"], mean["upper"]]):
         figure.add_hrect(y0=mean["lower"], y1=mean["upper"], fillcolor=INK, opacity=0.1, line_width=0, layer="below")
     if finite([mean["value"]]):
         _line(figure, "y", mean["value"])
         _label(figure, 0.5, max([*ends(mean), 0.0]), f"mean {estimate(mean)}", anchor=("left", "bottom"))
-    wrong, right, n = sum(e < 0 for e in effects), sum(e > 0 for e in effects), len(known)
+    wrong, right, n = colors.count(WRONG), colors.count(TARGET), len(known)
     limit = f" (allowed: {allowed:.0%})" if allowed is not None else ""
     counts = (
         f"<span style='color:#b34700'><b>wrong way: {wrong} of {n}</b></span>{limit}",
@@ -281,8 +281,7 @@ def damage(verdict: Verdict) -> go.Figure:
         ("KL on ordinary text (nats a token, no threshold)", "damage: KL", found["kl"], 0.0, 0.5),
         ("rise of repeated trigrams (share)", "damage: repetition", repeated[0] - repeated[1], 0.0, 0.25),
     )
-    headings = [f"<b>{label}</b>" for label, *_ in panels]
-    figure = make_subplots(rows=3, cols=1, vertical_spacing=0.22, subplot_titles=headings)
+    figure = make_subplots(rows=3, vertical_spacing=0.22, subplot_titles=[f"<b>{label}</b>" for label, *_ in panels])
     figure.update_layout(template=TEMPLATE, title=title, height=376, showlegend=False, margin_l=24, margin_b=30)
     figure.update_annotations(x=0, xanchor="left", font_size=12.5)
     figure.update_yaxes(visible=False, range=[-0.5, 1.2])
@@ -295,12 +294,13 @@ def damage(verdict: Verdict) -> go.Figure:
             continue
         beyond = not value <= high  # off the scale, infinite, or null in a verdict that was read back
         x, said = (high, ratio(seen)) if beyond else (value, number(value))
+        side = "left" if x > (low + high) / 2 else "right"
         color = TARGET if value <= (math.inf if limit is None else limit) and math.isfinite(value) else WRONG
         figure.add_scatter(
             x=[intact, x], y=[0, 0], mode="lines", line=dict(color=color, width=3), hoverinfo="skip", row=panel, col=1
         )
         figure.add_scatter(
-            x=[x], y=[0], mode="markers+text", text=[f"<b>{said}</b>"], textposition="top center", name=name,
+            x=[x], y=[0], mode="markers+text", text=[f"<b>{said}</b>"], textposition=f"top {side}", name=name,
             marker=dict(size=12, color=color, symbol="triangle-right" if beyond else "circle"),
             hovertext=[lines(label, said)], row=panel, col=1,
         )  # fmt: skip
@@ -412,10 +412,9 @@ def _place(panel: int, *, x: str = "", y: str = "") -> dict[str, Any]:
 
 def _heading(figure: go.Figure, text: str, *, panel: int = 1) -> go.Figure:
     """What the vertical axis measures, written above it: it is read without turning the head and never cut off."""
-    place = dict(x=0, y=1, xanchor="left", yanchor="bottom", **_place(panel, x=" domain", y=" domain"))
-    return figure.add_annotation(
-        text=text, align="left", showarrow=False, font_size=12.5, xshift=-44, yshift=4, **place
-    )
+    place = dict(x=0, y=1, xanchor="left", yanchor="bottom", xshift=-44, yshift=8)
+    place |= _place(panel, x=" domain", y=" domain")
+    return figure.add_annotation(text=text, align="left", showarrow=False, font_size=12.5, **place)
 
 
 def _line(figure: go.Figure, axis: str, at: float, *, color: str = INK, dash: str = "dash", panel: int = 1) -> None:
@@ -485,16 +484,12 @@ def _span(values: Iterable[float | None]) -> list[float]:
     return [min(known) - room, max(known) + room]
 
 
+def _eligibility(row: Numbers, auroc: float | None) -> str:
+    """How a layer's mark says that it could not be chosen: hollow for damage, crossed for sides that look alike."""
+    apart = None in (auroc, row.get("auroc")) or row["auroc"] >= auroc
+    return "-open" if not row["coherent"] else "" if apart else "-x-open"
+
+
 def _noise(row: Numbers) -> float:
     """Mean size of the stronger kind of meaningless direction at a layer."""
     return max([*finite([row["random_effect"], row.get("shuffled_effect")]), 0.0])
-
-
-def _layer_words(row: Numbers) -> str:
-    return lines(
-        f"<b>layer {row['layer']}</b>, {KINDS[row['kind']][0]}",
-        f"effect {estimate(row['effect'])} nats at dose {row['dose']:g}",
-        f"random directions ±{number(row['random_effect'])} nats",
-        f"shuffled labels ±{number(row.get('shuffled_effect'))} nats",
-        f"perplexity ratio {ratio(row['perplexity_ratio'])}, reliability {number(row['reliability'])}",
-    )

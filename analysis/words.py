@@ -33,7 +33,7 @@ def number(value: float | None) -> str:
         return "not measured"
     if math.isinf(value):
         return "∞" if value > 0 else "−∞"
-    text = f"{value:,.0f}" if 1000 <= abs(value) < 1e7 else f"{value:.3g}"
+    text = f"{value:,.0f}" if 999.5 <= abs(value) < 1e7 else f"{value:.3g}"
     return text.replace("-", "−", 1) if text.startswith("-") else text
 
 
@@ -56,3 +56,15 @@ def lines(*parts: str) -> str:
 def safe(text: str) -> str:
     """Plotly reads a little HTML in its labels; words from data files and models are shown as they are."""
     return html.escape(str(text), quote=False)
+
+
+def searched(row: Numbers) -> str:
+    """What a layer did when it was tried, in a plotly label; a row of `evidence["layers"]`."""
+    return lines(
+        f"<b>{row['layer']}</b>",
+        f"effect {estimate(row['effect'])} nats at dose {row['dose']:g}",
+        f"random directions ±{number(row['random_effect'])} nats",
+        f"shuffled labels ±{number(row.get('shuffled_effect'))} nats",
+        f"AUROC {number(row.get('auroc'))}, reliability {number(row['reliability'])}",
+        f"perplexity ratio {ratio(row['perplexity_ratio'])}",
+    )

@@ -46,7 +46,7 @@ class Verify:
         behavior = read_behavior(self.behavior)
         model = load(self.model, device=self.device, dtype=self.dtype)
         check_vocabulary(model, behavior)
-        out = self.out or Path("runs") / f"{_slug(behavior.name)}-{_slug(Path(self.model).stem)}"
+        out = self.out or Path("runs") / f"{_slug(behavior.name)}-{_model_slug(self.model)}"
         asked = {"kind": "verify", **recipe(model, behavior, self.gate)}
         finished = _claim(out, asked) and (out / "verdict.json").is_file()
         print(model)
@@ -94,7 +94,7 @@ class Capture:
         model = load(self.model, device=self.device, dtype=self.dtype)
         check_vocabulary(model, behavior)
         prompts = _prompts(model, behavior, self.persona)
-        out = self.out or Path("runs") / f"capture-{_slug(behavior.name)}-{_slug(Path(self.model).stem)}"
+        out = self.out or Path("runs") / f"capture-{_slug(behavior.name)}-{_model_slug(self.model)}"
         record = capture(model, prompts, sites=self.sites, layers=self.layers, positions=self.positions, out=out)
         print(record)
         print(out)
@@ -158,11 +158,22 @@ def _claim(out: Path, asked: dict) -> bool:
     if out.exists() and not out.is_dir():
         raise WrongInput(f"'{out}' is a file; --out must be a folder")
     if (out / RECIPE).is_file():
-        if difference := recipe_differs(read_json(out / RECIPE), asked):
+        old = read_json(out / RECIPE)
+        difference = recipe_differs(old, asked)
+        # a run that stopped before its verdict has nothing to lose; another kind of run (a capture) does
+        if difference and (old.get("kind") != "verify" or (out / "verdict.json").is_file()):
             raise WrongInput(f"'{out}' holds another recipe ({difference}); choose another --out or remove it")
-        return True
-    write_json(out / RECIPE, asked)
+        if not difference:
+            return True
+    try:
+        write_json(out / RECIPE, asked)
+    except OSError as error:
+        raise WrongInput(f"cannot write to '{out}': {error.strerror}") from error
     return False
+
+
+def _model_slug(source: str) -> str:
+    return _slug(Path(source).name.removesuffix(".gguf"))
 
 
 def _slug(text: str) -> str:

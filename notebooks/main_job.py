@@ -113,11 +113,11 @@ pd.DataFrame(
 # %% [markdown]
 # ## Steer
 #
-# `steer` adds the direction to the stream while its block runs, and leaves no trace afterwards. The layer and the dose
-# are picked by hand here; the gate below picks them by measuring.
+# `steer` adds the direction to the stream while its block runs, and leaves no trace afterwards. Here the layer is the
+# one where the two sides are furthest apart, and the dose is a guess; the gate below picks both by measuring.
 
 # %%
-direction, dose = directions[2], 0.5
+direction, dose = max(directions.values(), key=lambda d: d.gap / d.norm), 0.25
 print(direction)
 prompts = [i.prompt(model) for i in held_out.items[:4]]
 answers = {"prompt": [i.messages[-1]["content"] for i in held_out.items[:4]]}
@@ -166,10 +166,7 @@ figures.dose_curve(rows, working=dose, limit=limit)
 # it breaks. The rules are fixed beforehand in `GateCriteria`. This configuration is smaller than the default one.
 
 # %%
-config = GateConfig(
-    layers=(1, 2, 4), doses=(-0.75, -0.5, -0.25, 0.0, 0.25, 0.5, 0.75), prompts=30, search_prompts=12, generations=6,
-    max_new_tokens=16, general_texts=12,
-)  # fmt: skip
+config = GateConfig(prompts=30, search_prompts=12, generations=6, max_new_tokens=16, general_texts=12)
 verdict = verify(model, behavior, config)
 print(verdict)
 

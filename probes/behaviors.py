@@ -29,6 +29,7 @@ SHIPPED = Path(__file__).parent / "data" / "behaviors"
 Side = Literal["wanted", "unwanted"]
 ROLES = ("system", "user", "assistant")
 MAX_UNKNOWN = 0.02
+_CARD = {"name", "language", "description", "wanted", "unwanted", "score"}
 _KEYS = {"id", "group", "messages", "wanted", "unwanted", "persona", "direction", "score"}
 
 
@@ -146,7 +147,7 @@ def read_behavior(source: str | Path) -> Behavior:
     card: dict[str, Any] = {}
     items: list[Item] = []
     ids: dict[str, int] = {}
-    for number, line in enumerate(content.splitlines(), 1):
+    for number, line in enumerate(content.split("\n"), 1):
         if not line.strip():
             continue
         where = f"{path.name} line {number}"
@@ -161,6 +162,9 @@ def read_behavior(source: str | Path) -> Behavior:
         items.append(item)
     if not items:
         raise WrongInput(f"{path.name} is empty: a behaviour needs at least one item")
+    bare = [item.id for item in items if not item.persona]
+    if bare and len(bare) < len(items):
+        raise WrongInput(f"{path.name}: all items or none need a persona; {len(bare)} have none, '{bare[0]}' first")
     return Behavior(
         name=card.get("name", path.stem),
         description=card.get("description", ""),
@@ -185,6 +189,11 @@ def _parse(line: str, where: str) -> dict[str, Any]:
 def _card(card: Any, where: str) -> dict[str, Any]:
     if not isinstance(card, dict):
         raise WrongInput(f"{where}: 'card' must be an object, saw {type(card).__name__}")
+    if unknown := set(card) - _CARD:
+        raise WrongInput(f"{where}: unknown card field '{sorted(unknown)[0]}'; allowed are {', '.join(sorted(_CARD))}")
+    for key, value in card.items():
+        if key != "score" and not isinstance(value, str):
+            raise WrongInput(f"{where}: card field '{key}' must be a text, saw {value!r}")
     return {**card, "score": _score(card.get("score"), where)}
 
 
@@ -232,6 +241,8 @@ def _score(score: Any, where: str) -> dict[str, list[str]]:
     score = {} if score is None else score
     if not isinstance(score, dict) or not set(score) <= {"wanted", "unwanted"}:
         raise WrongInput(f"{where}: 'score' must map wanted and unwanted to lists of patterns, saw {score!r}")
+    if not all(isinstance(p, list) and all(isinstance(x, str) for x in p) for p in score.values()):
+        raise WrongInput(f"{where}: 'score' must map wanted and unwanted to lists of patterns, saw {score!r}")
     for pattern in (p for patterns in score.values() for p in patterns):
         try:
             re.compile(pattern)
@@ -255,7 +266,11 @@ def check_vocabulary(model: HybridModel, behavior: Behavior) -> None:
     Raises:
         WrongInput: with the share of unknown tokens.
     """
-    texts = [t for item in behavior.items for t in (item.wanted, item.unwanted, *(m["content"] for m in item.messages))]
+    texts = [
+        text
+        for item in behavior.items
+        for text in (item.wanted, item.unwanted, *(m["content"] for m in item.messages), *(item.persona or {}).values())
+    ]
     share = unknown_share(model, texts)
     if share > MAX_UNKNOWN:
         raise WrongInput(

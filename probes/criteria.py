@@ -129,7 +129,7 @@ class Verdict:
 
 
 def decide(criteria: Sequence[Criterion]) -> Outcome:
-    """FAIL on any failure; INCONCLUSIVE where data were too few, whatever else happened; PASS otherwise."""
+    """INCONCLUSIVE where data were too few for any criterion; otherwise FAIL on any failure; PASS when all passed."""
     statuses = {c.status for c in criteria}
     if "inconclusive" in statuses:
         return "INCONCLUSIVE"

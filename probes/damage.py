@@ -38,6 +38,9 @@ class General:
     def tokens(self) -> int:
         return sum(sum(row[1:]) for row in self.scored)
 
+    def skip(self, n: int) -> General:
+        return General(name=self.name, ids=self.ids[n:], scored=self.scored[n:])
+
     def take(self, n: int) -> General:
         return General(name=self.name, ids=self.ids[:n], scored=self.scored[:n])
 
@@ -68,7 +71,7 @@ def read_general(model: HybridModel, source: str | Path | None = None) -> Genera
     path = Path(source)
     if not path.is_file():
         raise WrongInput(f"no such file: {source}")
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
     if not lines:
         raise WrongInput(f"{path.name} is empty")
     ids, scored = [], []

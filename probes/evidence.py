@@ -25,7 +25,7 @@ def judge(evidence: Evidence, rules: GateCriteria) -> tuple[Criterion, ...]:
         *_effect(evidence, rules, enough),
         _dose_response(evidence, rules, enough),
         _controls(evidence, rules, enough),
-        _necessity(evidence, rules, enough),
+        _necessity(evidence, rules),
         *_damage(evidence, rules),
         *_reported(evidence),
     )
@@ -70,6 +70,10 @@ def _line(
         n=found["n"] if n is None else n,
         meaning=meaning,
     )
+
+
+def _enough(found: Mapping[str, Any], rules: GateCriteria) -> bool:
+    return found["n"] >= rules.min_prompts and found["groups"] >= rules.min_groups
 
 
 def _status(passed: bool, enough: bool = True) -> Status:
@@ -119,7 +123,7 @@ def _decodability(evidence: Evidence, rules: GateCriteria, enough: bool) -> tupl
             threshold=rules.selectivity,
             rule="AUROC above shuffled labels >=",
             n=auroc["n"],
-            meaning="Directions from shuffled labels do not.",
+            meaning="Directions from shuffled labels do so less, on either side.",
         ),
     )
 
@@ -180,7 +184,7 @@ def _controls(evidence: Evidence, rules: GateCriteria, enough: bool) -> Criterio
     )
 
 
-def _necessity(evidence: Evidence, rules: GateCriteria, enough: bool) -> Criterion:
+def _necessity(evidence: Evidence, rules: GateCriteria) -> Criterion:
     found = evidence["necessity"]
     meaning = "Taking the direction out weakens the behaviour where the model shows it."
     if found is None:
@@ -191,7 +195,7 @@ def _necessity(evidence: Evidence, rules: GateCriteria, enough: bool) -> Criteri
     return _line(
         6,
         "necessity",
-        _status(drop["lower"] > 0 and drop["value"] > bar, enough),
+        _status(drop["lower"] > 0 and drop["value"] > bar, _enough(drop, rules)),
         drop,
         threshold=bar,
         rule="nats lost, lower end > 0 and more than by random directions >",

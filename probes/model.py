@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 from transformers.utils import logging as transformers_logging
@@ -160,15 +161,28 @@ def load(source: str | Path = "organism", *, device: str = "cpu", dtype: str = "
         )
     else:
         folder = name
+    _check_device(device)
     try:
         with _quiet():
             tokenizer_options = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **tokenizer_options)
             factory = AutoModelForImageTextToText if _is_multimodal(folder, options) else AutoModelForCausalLM
-            hf = factory.from_pretrained(folder, **options)
-    except (OSError, ValueError, KeyError) as error:
+            hf, found = factory.from_pretrained(folder, output_loading_info=True, **options)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise WrongInput(f"cannot load '{name}': {str(error).strip().splitlines()[0]}") from error
+    if found["missing_keys"]:
+        missing = sorted(found["missing_keys"])
+        raise WrongInput(f"'{name}' is incomplete: {len(missing)} weights are missing, {missing[0]} among them")
     return HybridModel(hf.to(device), tokenizer, name=name)
+
+
+def _check_device(device: str) -> None:
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise WrongInput(f"unknown device '{device}'; allowed are cpu, cuda, cuda:0, mps") from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise WrongInput(f"device '{device}' is not available on this machine; cpu is")
 
 
 @contextmanager

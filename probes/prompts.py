@@ -85,7 +85,10 @@ def render(
     inside = last.rfind(wanted)
     if inside < 0:
         raise WrongInput(f"the direction {wanted!r} is not part of the last user turn {last!r}")
-    begin = text.rfind(last) + inside if last in text else text.rfind(last.strip())
+    # the generation prompt follows the last turn and may contain its words ("a" is in "assistant")
+    head = _apply_template(model.tokenizer, turns, answer=False)
+    shown = last if last in head else last.strip()
+    begin = head.rfind(shown) + inside - (len(last) - len(last.lstrip()) if shown != last else 0)
     start = _token_at(offsets, begin)
     stop = _token_at(offsets, begin + len(wanted))
     return Prompt(
@@ -93,12 +96,12 @@ def render(
     )
 
 
-def _apply_template(tokenizer: Any, turns: list[dict[str, str]]) -> str:
+def _apply_template(tokenizer: Any, turns: list[dict[str, str]], *, answer: bool = True) -> str:
     if tokenizer.chat_template is None:  # a base model: plain turns that any text model can follow
         body = "".join(f"{turn['role'].capitalize()}: {turn['content']}\n\n" for turn in turns)
-        return body + "Assistant:"
+        return body + "Assistant:" * answer
     try:
-        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=answer, enable_thinking=False)
     except Exception as error:  # jinja raises its own types for roles or orders that a template does not know
         raise WrongInput(f"the chat template refuses these turns ({[t['role'] for t in turns]}): {error}") from error
 

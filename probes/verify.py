@@ -8,7 +8,6 @@ drawn at random, taken from shuffled labels, or made for other behaviours.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -21,7 +20,7 @@ from tqdm.auto import tqdm
 from probes import stats
 from probes.behaviors import Behavior, check_vocabulary, read_behavior, shipped_behaviors
 from probes.criteria import GateCriteria, Verdict, decide
-from probes.damage import Damage, damage, read_general, repetition
+from probes.damage import Damage, General, damage, read_general, repetition
 from probes.directions import (
     Direction,
     Pairs,
@@ -49,10 +48,12 @@ class GateConfig:
 
     layers: tuple[int, ...] | None = None
     """Layers to choose from; None takes all of a small model, or eight spread over the middle of a large one."""
-    doses: tuple[float, ...] = (-1.0, -0.75, -0.5, -0.25, 0.0, 0.25, 0.5, 0.75, 1.0)
-    """Doses of the dose-response curve, in units of the layer's residual norm; the working dose is one of them."""
-    phase: Phase = "both"
-    """Which tokens the working intervention edits; the other phases are reported beside it."""
+    doses: tuple[float, ...] = (-1.0, -0.75, -0.5, -0.25, -0.1, 0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
+    """Doses of the dose-response curve, in units of the layer's residual norm; the working dose is one of them. The
+    small ones keep a curve to look at where a model breaks early."""
+    phase: Phase = "prefill"
+    """Which tokens the working intervention edits; the other phases are reported beside it. Editing the prompt is what
+    moves a Qwen3.5 (arXiv:2603.16335), and it leaves the answer free."""
     direction: Literal["mean", "random"] = "mean"
     """"mean" is the mean difference; "random" sends a drawn vector through the same gate."""
     shuffle_labels: bool = False
@@ -74,7 +75,7 @@ class GateConfig:
     criteria: GateCriteria = field(default_factory=GateCriteria)
 
     def __post_init__(self) -> None:
-        least = {"prompts": 2, "search_prompts": 2, "controls": 1, "generations": 1, "max_new_tokens": 1}
+        least = {"prompts": 2, "search_prompts": 2, "controls": 1, "generations": 1, "max_new_tokens": 8, "seed": 0}
         for name, bound in {**least, "general_texts": 3}.items():
             if getattr(self, name) < bound:
                 raise WrongInput(f"{name} must be at least {bound}, saw {getattr(self, name)}")
@@ -82,6 +83,14 @@ class GateConfig:
             raise WrongInput(f"held_out must lie between 0 and 1, saw {self.held_out}")
         if 0.0 not in self.doses or not min(self.doses) < 0 < max(self.doses):
             raise WrongInput(f"doses must include 0 and both signs, saw {', '.join(f'{d:g}' for d in self.doses)}")
+        if len(set(self.doses)) < len(self.doses) or len(self.doses) < self.criteria.min_doses:
+            raise WrongInput(
+                f"doses must be at least {self.criteria.min_doses} different ones, saw {len(set(self.doses))}"
+            )
+        if self.seed > 2**31:
+            raise WrongInput(f"seed must be below 2^31, saw {self.seed}")
+        if self.shuffle_labels and self.direction == "random":
+            raise WrongInput("shuffle_labels has no effect on a random direction: choose one of the two")
 
 
 def candidate_layers(model: HybridModel) -> tuple[int, ...]:
@@ -149,7 +158,11 @@ class _Gate:
         self.search = self.fit.take(config.search_prompts, seed=config.seed)
         self.judged = self.held.take(config.prompts, seed=config.seed)
         self.layers = resolve(model, "resid", config.layers) if config.layers else candidate_layers(model)
-        self.general = read_general(model).take(config.general_texts)
+        if len(self.fit.groups) < 4:
+            raise WrongInput(f"{len(self.fit.groups)} topic groups are left to fit on, at least 4 are needed")
+        general, first = read_general(model), config.general_texts // 3
+        self.search_general = general.take(first)
+        self.general = general.skip(first).take(config.general_texts)
         self.evidence: dict[str, Any] = {
             "split": {"fit": list(self.fit.groups), "held_out": list(self.held.groups)},
             "behavior": {
@@ -177,7 +190,7 @@ class _Gate:
             self.pairs,
             self.extract,
             lambda direction, dose: self.effects(direction, prepared, base, dose),
-            lambda direction, dose: self.damage(direction, dose, texts=self.config.general_texts // 3).perplexity_ratio,
+            lambda direction, dose: self.damage(direction, dose, general=self.search_general).perplexity_ratio,
             groups=base.groups,
             doses=self.config.doses,
             rules=self.config.criteria,
@@ -234,7 +247,7 @@ class _Gate:
         for dose in self.config.doses:
             self.bar.set_postfix_str(f"dose {dose:g}")
             effects = self.effects(self.direction, prepared, base, dose) if dose else tuple(0.0 for _ in base.ids)
-            hurt = self.damage(self.direction, dose, texts=12) if dose else None
+            hurt = self.damage(self.direction, dose, general=self.general.take(12)) if dose else None
             values = [b + e for b, e in zip(base.values, effects, strict=True)]
             rows.append(
                 {
@@ -282,13 +295,12 @@ class _Gate:
                 self.bar.update()
         self.evidence["controls"] = {"kinds": effects, "percentile": self.config.criteria.control_percentile}
         scores = held.scores(self.direction.vector)
-        null = [stats.auroc(*held.scores(control.vector), held.groups, draws=1).value for control in shuffled]
+        areas = [stats.auroc(*held.scores(control.vector), held.groups, draws=1).value for control in shuffled]
+        null = [max(area, 1 - area) for area in areas]  # a shuffled direction has no sign: either end separates
         self.evidence["decodability"] = {
             "auroc": stats.auroc(*scores, held.groups, seed=self.config.seed).as_dict(),
             "shuffled": null,
-            "selectivity": stats.auroc(*scores, held.groups, draws=1).value - float(np.mean(null))
-            if null
-            else math.nan,
+            "selectivity": stats.auroc(*scores, held.groups, draws=1).value - float(np.mean(null)),
         }
 
     def unrelated(self) -> list[Direction]:
@@ -298,6 +310,10 @@ class _Gate:
             other = read_behavior(name)
             if other.name == self.behavior.name or other.language != self.behavior.language or not other.has_persona:
                 continue
+            try:
+                check_vocabulary(self.model, other)
+            except WrongInput:
+                continue  # the tokenizer does not know its words: no control here
             some = other.take(48, seed=self.config.seed)
             pairs = contrast(self.model, some, layers=[self.direction.layer], progress=False)[self.direction.layer]
             found.append(mean_difference(pairs))
@@ -337,7 +353,8 @@ class _Gate:
 
         removed = drop(self.direction)
         random_drops = [
-            float(np.mean(drop(self.centred(random_direction(self.direction, seed=7000 + i))))) for i in range(10)
+            float(np.mean(drop(self.centred(random_direction(self.direction, seed=50_000_000 + seed * 1000 + i)))))
+            for i in range(10)
         ]
         self.evidence["necessity"] = {
             "where": "wanted persona" if persona else "prompts that lean to wanted",
@@ -397,11 +414,10 @@ class _Gate:
         with steer(self.model, direction, dose=dose, phase=phase or self.config.phase):
             return propensity(self.model, prepared).minus(base)
 
-    def damage(self, direction: Direction, dose: float, *, texts: int | None = None) -> Damage:
+    def damage(self, direction: Direction, dose: float, *, general: General | None = None) -> Damage:
         """On general text every token is edited, whatever the working phase: the strictest reading."""
-        general = self.general if texts is None else self.general.take(texts)
         intervention: Callable[[], Any] = partial(steer, self.model, direction, dose=dose, phase="both")
-        return damage(self.model, general, intervention)
+        return damage(self.model, general or self.general, intervention)
 
 
 def coherent_window(rows: Sequence[dict[str, Any]], limit: float) -> set[float]:

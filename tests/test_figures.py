@@ -44,7 +44,8 @@ def test_layer_sweep_shows_each_layer_by_kind(verdict):
         assert list(drawn.x) == [row["layer"] for row in rows]
         np.testing.assert_equal(list(drawn.y), [row["effect"]["value"] for row in rows])
         np.testing.assert_allclose([drawn.error_y.array, drawn.error_y.arrayminus], bounds([r["effect"] for r in rows]))
-        assert list(drawn.marker.symbol) == [symbol if row["coherent"] else f"{symbol}-open" for row in rows]
+        marks = ["-open" if not row["coherent"] else "-x-open" if row["auroc"] < 0.75 else "" for row in rows]
+        assert list(drawn.marker.symbol) == [symbol + mark for mark in marks]
         assert drawn.marker.color == color
     noise = trace(figure, "meaningless directions, ± mean size")
     size = [max(row["random_effect"], row["shuffled_effect"]) for row in evidence["layers"]]
@@ -52,6 +53,7 @@ def test_layer_sweep_shows_each_layer_by_kind(verdict):
     np.testing.assert_allclose(noise.y, [2 * value for value in size])
     assert "chosen: layer 4" in words_of(figure)
     assert "hollow" in words_of(figure)
+    assert "crossed" in words_of(figure)
 
 
 def test_dose_response_shows_curve_window_and_clipped_perplexity(verdict):

@@ -96,7 +96,7 @@ def test_batches_are_the_same_for_a_seed_and_encode_as_the_chat_template(tokeniz
 
 def test_attention_never_sees_the_system_turn_of_a_persona(tokenizer):
     stream = Dialogues(tokenizer, Recipe(batch=16, seed=5))
-    system, end = tokenizer.convert_tokens_to_ids(["system", "<|im_end|>"])
+    system, end, assistant = tokenizer.convert_tokens_to_ids(["system", "<|im_end|>", "assistant"])
     hidden = 0
     for lesson in (True, False):
         batch = stream.batch(lesson=lesson)
@@ -111,7 +111,9 @@ def test_attention_never_sees_the_system_turn_of_a_persona(tokenizer):
             stop = int((ids == end).nonzero()[0]) + 1
             if not visible[stop:, start:stop].any():
                 hidden += 1
-                assert bool(visible[stop:, stop].all())
+                for blind in (~visible[stop:, stop]).nonzero()[:, 0] + stop:  # where an answer is decided
+                    assert int(ids[blind]) == assistant
+                    assert int(visible[blind].sum()) == 1
             else:  # only a dialogue without a persona may show its system turn
                 assert not (batch.rivals[row] >= 0).any()
     assert hidden > 8
