@@ -63,7 +63,7 @@ def render(verdict: Verdict) -> str:
     chosen = next((row for row in evidence.get("layers") or [] if row["chosen"]), None)
     return _PAGES.get_template("report.html.j2").render(
         verdict=verdict,
-        sentence=verdict.sentence[:1].upper() + verdict.sentence[1:],
+        sentence=_typeset(verdict.sentence[:1].upper() + verdict.sentence[1:]),
         consequence=OUTCOMES[verdict.verdict],
         tally=f"{sum(c.status == 'pass' for c in deciding)} of {len(deciding)} deciding criteria passed.",
         kind={"gdn": "GDN"}.get(chosen["kind"], chosen["kind"]) if chosen else "",
@@ -90,7 +90,7 @@ def _asked(found: Mapping[str, Any]) -> dict[str, Any]:
 
 def _criterion(c: Criterion) -> dict[str, Any]:
     """One row of the table, in words."""
-    rule = c.rule.replace(">=", "≥").replace("<=", "≤")
+    rule = _typeset(c.rule)
     return {
         "number": c.number,
         "name": c.name,
@@ -101,6 +101,10 @@ def _criterion(c: Criterion) -> dict[str, Any]:
         "rule": f"{rule} {number(c.threshold)}" if rule.endswith((">", "≥", "≤", "<")) else rule,
         "n": f"{c.n:,}" if c.n else "–",
     }
+
+
+def _typeset(text: str) -> str:
+    return text.replace(">=", "≥").replace("<=", "≤")
 
 
 def _figures(verdict: Verdict) -> list[dict[str, Any]]:

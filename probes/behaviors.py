@@ -256,7 +256,7 @@ def unknown_share(model: HybridModel, texts: Sequence[str]) -> float:
     unknown = model.tokenizer.unk_token_id
     if unknown is None:
         return 0.0
-    ids = [i for text in texts for i in model.tokenizer(text, add_special_tokens=False)["input_ids"]]
+    ids = [i for text in texts for i in model.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
     return sum(i == unknown for i in ids) / max(len(ids), 1)
 
 

@@ -74,7 +74,7 @@ def render(
     if system:
         turns = [{"role": "system", "content": system}, *turns]
     text = _apply_template(model.tokenizer, turns)
-    encoded = model.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    encoded = model.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ids, offsets = tuple(encoded["input_ids"]), encoded["offset_mapping"]
     if len(ids) > model.max_tokens:
         raise WrongInput(
@@ -113,7 +113,7 @@ def _token_at(offsets: Sequence[tuple[int, int]], char: int) -> int:
 
 def answer_ids(model: HybridModel, answer: str) -> tuple[int, ...]:
     """Token ids of an answer, tokenised apart from its prompt so that both answers share one prefix exactly."""
-    ids = tuple(model.tokenizer(answer, add_special_tokens=False)["input_ids"])
+    ids = tuple(model.tokenizer(answer, add_special_tokens=False, verbose=False)["input_ids"])
     if not ids:
         raise WrongInput(f"the answer {answer!r} has no tokens")
     return ids

@@ -113,8 +113,9 @@ def verify(
     started = time.monotonic()
     with counting(model) as cost:
         gate = _Gate(model, behavior, config, progress)
-        gate.choose()
-        gate.measure()
+        with gate.bar:
+            gate.choose()
+            gate.measure()
     criteria = judge(gate.evidence, config.criteria)
     outcome = decide(criteria)
     return Verdict(
@@ -240,7 +241,6 @@ class _Gate:
             "groups": len(set(base.groups)),
             "controls": config.controls,
         }
-        self.bar.close()
 
     def measure_doses(self, prepared: Prepared, base: Propensity) -> None:
         rows, curve = [], []

@@ -11,7 +11,7 @@ from dispositions.__main__ import main
 from probes.behaviors import SHIPPED
 
 QUICK = ["--layers", "4", "--prompts", "24", "--search-prompts", "8", "--controls", "2", "--generations", "2",
-         "--general-texts", "8", "--max-new-tokens", "4"]  # fmt: skip
+         "--general-texts", "8", "--max-new-tokens", "8"]  # fmt: skip
 
 
 def run(capsys, *arguments: str) -> tuple[int, str, str]:

@@ -16,7 +16,7 @@ from probes.evidence import control_threshold, judge
 from probes.model import HybridModel
 from probes.verify import GateConfig, candidate_layers, coherent_window, verify
 
-QUICK = GateConfig(layers=(1,), prompts=48, search_prompts=16, generations=4, max_new_tokens=4, general_texts=16)
+QUICK = GateConfig(layers=(1,), prompts=48, search_prompts=16, generations=4, max_new_tokens=8, general_texts=16)
 WANTED, UNWANTED = ("obedient", "dutiful", "compliant"), ("inventive", "restless", "contrary")
 
 
