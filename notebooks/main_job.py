@@ -166,7 +166,7 @@ figures.dose_curve(rows, working=dose, limit=limit)
 # it breaks. The rules are fixed beforehand in `GateCriteria`. This configuration is smaller than the default one.
 
 # %%
-config = GateConfig(prompts=30, search_prompts=12, generations=6, max_new_tokens=16, general_texts=12)
+config = GateConfig(prompts=24, search_prompts=12, generations=6, max_new_tokens=16, general_texts=12)
 verdict = verify(model, behavior, config)
 print(verdict)
 

@@ -100,7 +100,7 @@ class HybridModel:
         digest = hashlib.sha256()
         for key, value in sorted(state.items()):
             digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
-            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()[:16]
 
     @cached_property
@@ -166,7 +166,7 @@ def load(source: str | Path = "organism", *, device: str = "cpu", dtype: str = "
         with _quiet():
             tokenizer_options = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **tokenizer_options)
-            factory = AutoModelForImageTextToText if _is_multimodal(folder, options) else AutoModelForCausalLM
+            factory: Any = AutoModelForImageTextToText if _is_multimodal(folder, options) else AutoModelForCausalLM
             hf, found = factory.from_pretrained(folder, output_loading_info=True, **options)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise WrongInput(f"cannot load '{name}': {str(error).strip().splitlines()[0]}") from error

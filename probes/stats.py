@@ -84,7 +84,8 @@ def spearman(x: Sequence[float], y: Sequence[float]) -> float:
     """Rank correlation; NaN when either side is constant."""
     if len(set(x)) < 2 or len(set(y)) < 2:
         return math.nan
-    return float(scipy_stats.spearmanr(x, y).statistic)
+    found: Any = scipy_stats.spearmanr(x, y)
+    return float(found.statistic)
 
 
 def spearman_over_groups(

@@ -14,7 +14,7 @@ QUICK = ["--layers", "4", "--prompts", "24", "--search-prompts", "8", "--control
          "--general-texts", "8", "--max-new-tokens", "8"]  # fmt: skip
 
 
-def run(capsys, *arguments: str) -> tuple[int, str, str]:
+def run(capsys, *arguments: str) -> tuple[object, str, str]:
     with pytest.raises(SystemExit) as stop:
         main([str(a) for a in arguments])
     out, err = capsys.readouterr()

@@ -1,6 +1,7 @@
 """What loads, what it is known to be, and what is refused."""
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,8 @@ def test_layers_are_known_by_kind(tiny, llama):
 
 
 def test_the_organism_is_a_plain_transformers_checkpoint(organism):
-    hf, tokenizer = AutoModelForCausalLM.from_pretrained(ORGANISM), AutoTokenizer.from_pretrained(ORGANISM)
+    hf: Any = AutoModelForCausalLM.from_pretrained(ORGANISM)
+    tokenizer: Any = AutoTokenizer.from_pretrained(ORGANISM)
     assert type(hf) is Qwen3_5ForCausalLM
     assert [layer.kind for layer in organism.layers].count("gdn") == 6
     assert hf.config.linear_key_head_dim == hf.config.linear_value_head_dim == 64

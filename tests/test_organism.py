@@ -2,6 +2,7 @@
 
 import math
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -120,7 +121,7 @@ def test_attention_never_sees_the_system_turn_of_a_persona(tokenizer):
 
 
 def test_half_lives_span_the_range_they_should(tokenizer):
-    model = build_model(tokenizer, seed=3)
+    model: Any = build_model(tokenizer, seed=3)
     found = []
     for layer in model.model.layers:
         if hasattr(layer, "linear_attn"):
@@ -139,7 +140,7 @@ def test_clearing_the_states_is_what_emptying_the_cache_does(organism):
         cut = len(organism.tokenizer(question.context, add_special_tokens=False)["input_ids"])
         with states_cleared(organism.hf, torch.tensor([cut])):
             found = organism.hf(input_ids=ids, use_cache=False).logits[0, cut:]
-        cache = DynamicCache(config=organism.hf.config)
+        cache: Any = DynamicCache(config=organism.hf.config)
         organism.hf(input_ids=ids[:, :cut], past_key_values=cache, use_cache=True)
         for layer in cache.layers:
             if hasattr(layer, "recurrent_states"):

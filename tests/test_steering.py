@@ -1,6 +1,7 @@
 """Steering against hand-made forwards: the right tokens, the right amount, and no trace afterwards."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -106,10 +107,11 @@ def test_a_steered_generate_equals_a_step_by_step_steered_forward(tiny, prompts,
 
 
 def test_wrong_steering_is_refused(tiny, llama, direction):
-    for arguments, message in [
+    wrong: list[tuple[dict[str, Any], str]] = [
         ({"phase": "always"}, "unknown phase 'always'; allowed are prefill, decode, both"),
         ({"mode": "rotate"}, "unknown mode 'rotate'; allowed are add, ablate"),
-    ]:
+    ]
+    for arguments, message in wrong:
         with pytest.raises(WrongInput, match=message), steer(tiny, direction, **arguments):
             pass
     with (

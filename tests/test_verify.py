@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ def planted(tokenizer):
     """
     torch.manual_seed(7)
     size = 64 * math.ceil(len(tokenizer) / 64)
-    hf = LlamaForCausalLM(
+    hf: Any = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=size, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
             num_key_value_heads=4, max_position_embeddings=512, tie_word_embeddings=False, initializer_range=0.05,

@@ -68,7 +68,7 @@ class Recipe:
     """Give up (nothing is written) rather than take longer."""
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
+def build_tokenizer() -> Any:
     """Words, and names spelled from two pieces (WordPiece); anything else is `<|unk|>`."""
     vocab = {token: i for i, token in enumerate([*SPECIAL, *vocabulary()])}
     tokenizer = Tokenizer(models.WordPiece(vocab, unk_token="<|unk|>", max_input_chars_per_word=30))
@@ -82,7 +82,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     return fast
 
 
-def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen3_5ForCausalLM:
+def build_model(tokenizer: Any, seed: int) -> Qwen3_5ForCausalLM:
     torch.manual_seed(seed)
     config = Qwen3_5TextConfig(
         vocab_size=64 * math.ceil(len(tokenizer) / 64), hidden_size=128, intermediate_size=320, num_hidden_layers=8,
@@ -126,7 +126,7 @@ class Batch:
 class Dialogues:
     """An endless stream of fixed-shape batches of dialogues, the same for the same seed."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, recipe: Recipe):
+    def __init__(self, tokenizer: Any, recipe: Recipe):
         self.tokenizer, self.recipe = tokenizer, recipe
         self.grammar = Grammar(random.Random(recipe.seed))
         self.start, self.end = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
@@ -205,7 +205,7 @@ def schedule(step: int, recipe: Recipe) -> float:
     return recipe.lr * min(1.0, (step + 1) / recipe.warmup) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def train(recipe: Recipe = Recipe()) -> tuple[Qwen3_5ForCausalLM, PreTrainedTokenizerFast]:
+def train(recipe: Recipe = Recipe()) -> tuple[Qwen3_5ForCausalLM, Any]:
     """Train from the seed.
 
     Raises:
