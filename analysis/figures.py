@@ -136,12 +136,12 @@ def dose_curve(rows: Sequence[Numbers], *, working: float | None = None, limit: 
         key.append(f"dashed: working dose {working:g}")
     _heading(figure, lines(f"propensity ({NATS})", "; ".join(key)))
     figure.update_yaxes(range=_span(end for e in estimates for end in ends(e)), row=1, col=1)
-    edge = 0.06 * (max(doses) - min(doses) or 1)
-    every = 1 if len(doses) < 7 else 2
-    shown = [number(d) if (i - len(doses) // 2) % every == 0 else "" for i, d in enumerate(doses)]
-    figure.update_xaxes(
-        range=[min(doses) - edge, max(doses) + edge], tickvals=doses, ticktext=shown, tickangle=0, zeroline=True
-    )
+    low, high, ticks = min(doses), max(doses), []
+    for dose in sorted(doses, key=abs):  # labels from the middle outwards, as many as a phone has room for
+        if all(abs(dose - tick) > 0.15 * (high - low) for tick in ticks):
+            ticks.append(dose)
+    words, edge = [number(tick) for tick in ticks], 0.06 * (high - low or 1)
+    figure.update_xaxes(range=[low - edge, high + edge], tickvals=ticks, ticktext=words, tickangle=0, zeroline=True)
     figure.update_xaxes(title="dose (residual norms, + is towards wanted)", row=2, col=1)
     return _unmeasured(figure, [f"dose {row['dose']:g}" for row in rows if not finite([row["propensity"]["value"]])])
 
