@@ -240,7 +240,7 @@ def _damage(evidence: Evidence, rules: GateCriteria) -> tuple[Criterion, ...]:
 
 
 def _reported(evidence: Evidence) -> tuple[Criterion, ...]:
-    meaning = "Effect when only these tokens are edited."
+    meaning = "Effect when the tokens of this phase are edited."
     phases = [
         _line(9, f"phase: {row['phase']}", "reported", row["effect"], rule="nats", meaning=meaning)
         for row in evidence["phases"]

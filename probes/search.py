@@ -27,7 +27,7 @@ CONTROLS = 3  # of each drawn kind, at each layer
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """One layer at its best dose. `control_effect` is the mean |effect| of the stronger kind of control, in nats."""
+    """One layer at its best dose. `random_effect` and `shuffled_effect` are mean |effect| of controls, in nats."""
 
     direction: Direction
     dose: float
