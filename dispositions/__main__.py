@@ -30,12 +30,21 @@ def _registry() -> tyro.constructors.ConstructorRegistry:
         return tyro.constructors.PrimitiveConstructorSpec(
             nargs=1,
             metavar="auto|3,5",
-            instance_from_str=lambda words: None if words[0] == "auto" else tuple(int(w) for w in words[0].split(",")),
+            instance_from_str=lambda words: _layers(words[0]),
             is_instance=lambda value: value is None or isinstance(value, tuple),
             str_from_instance=lambda value: ["auto" if value is None else ",".join(map(str, value))],
         )
 
     return registry
+
+
+def _layers(text: str) -> tuple[int, ...] | None:
+    if text == "auto":
+        return None
+    try:
+        return tuple(int(word) for word in text.split(","))
+    except ValueError:
+        raise WrongInput(f"layers are written auto, 3 or 3,5, saw '{text}'") from None
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -52,6 +61,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         code = command.run()
     except WrongInput as error:
         print(f"dispositions: {error}", file=sys.stderr)
+        code = 2
+    except OSError as error:  # a folder that cannot be made, a full disk
+        print(f"dispositions: {error.strerror or type(error).__name__}: '{error.filename}'", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         print("dispositions: interrupted; finished files are kept, run the same command to resume", file=sys.stderr)

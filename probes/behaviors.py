@@ -58,10 +58,15 @@ class Item:
 
         More distinct matches decide, so a lexicon and a single marker both work; a tie is "neither".
         """
-        hits = {side: sum(len(set(_finds(p, answer))) for p in self.score[side]) for side in ("wanted", "unwanted")}
-        if hits["wanted"] == hits["unwanted"]:
-            return "neither"
-        return "wanted" if hits["wanted"] > hits["unwanted"] else "unwanted"
+        return judge(answer, self.score)
+
+
+def judge(answer: str, score: Mapping[str, Sequence[str]]) -> Literal["wanted", "unwanted", "neither"]:
+    """Which side's patterns have more distinct matches in an answer."""
+    hits = {side: sum(len(set(_finds(p, answer))) for p in score[side]) for side in ("wanted", "unwanted")}
+    if hits["wanted"] == hits["unwanted"]:
+        return "neither"
+    return "wanted" if hits["wanted"] > hits["unwanted"] else "unwanted"
 
 
 def _finds(pattern: str, text: str) -> list[str]:
@@ -205,13 +210,7 @@ def _item(record: dict[str, Any], card: dict[str, Any], where: str, number: int)
             raise WrongInput(f"{where}: '{key}' must be a non-empty text, saw {record.get(key)!r}")
     if record["wanted"] == record["unwanted"]:
         raise WrongInput(f"{where}: 'wanted' and 'unwanted' are the same text")
-    messages = record.get("messages")
-    if not isinstance(messages, list) or not messages:
-        raise WrongInput(f"{where}: 'messages' must be a list of turns, saw {messages!r}")
-    for message in messages:
-        ok = isinstance(message, dict) and message.get("role") in ROLES and isinstance(message.get("content"), str)
-        if not ok or not message["content"].strip():
-            raise WrongInput(f"{where}: a turn needs a role ({', '.join(ROLES)}) and a content, saw {message!r}")
+    messages = _messages(record, where)
     if messages[-1]["role"] != "user":
         raise WrongInput(f"{where}: the last turn must be the user's, saw role '{messages[-1]['role']}'")
     persona = record.get("persona")
@@ -237,6 +236,29 @@ def _item(record: dict[str, Any], card: dict[str, Any], where: str, number: int)
     )
 
 
+def _messages(record: dict[str, Any], where: str) -> list[Message]:
+    messages = record.get("messages")
+    if not isinstance(messages, list) or not messages:
+        raise WrongInput(f"{where}: 'messages' must be a list of turns, saw {messages!r}")
+    for message in messages:
+        ok = isinstance(message, dict) and message.get("role") in ROLES and isinstance(message.get("content"), str)
+        if not ok or not message["content"].strip():
+            raise WrongInput(f"{where}: a turn needs a role ({', '.join(ROLES)}) and a content, saw {message!r}")
+    return messages
+
+
+def read_dialogue(line: str, where: str) -> list[Message]:
+    """The turns of one JSON line `{"messages": [...]}` that ends with the assistant's turn.
+
+    Raises:
+        WrongInput: it is malformed; `where` names it.
+    """
+    messages = _messages(_parse(line, where), where)
+    if len(messages) < 2 or messages[-1]["role"] != "assistant":
+        raise WrongInput(f"{where}: a dialogue must end with a turn of the assistant after another one")
+    return messages
+
+
 def _score(score: Any, where: str) -> dict[str, list[str]]:
     score = {} if score is None else score
     if not isinstance(score, dict) or not set(score) <= {"wanted", "unwanted"}:
@@ -260,18 +282,27 @@ def unknown_share(model: HybridModel, texts: Sequence[str]) -> float:
     return sum(i == unknown for i in ids) / max(len(ids), 1)
 
 
+def _unknown(model: HybridModel, behavior: Behavior) -> float:
+    texts = [
+        text
+        for item in behavior.items
+        for text in (item.wanted, item.unwanted, *(m["content"] for m in item.messages), *(item.persona or {}).values())
+    ]
+    return unknown_share(model, texts)
+
+
+def knows_words(model: HybridModel, behavior: Behavior) -> bool:
+    """Whether at most `MAX_UNKNOWN` of a behaviour's tokens are unknown to the tokenizer."""
+    return _unknown(model, behavior) <= MAX_UNKNOWN
+
+
 def check_vocabulary(model: HybridModel, behavior: Behavior) -> None:
     """Refuse a behaviour whose words the model's tokenizer does not know.
 
     Raises:
         WrongInput: with the share of unknown tokens.
     """
-    texts = [
-        text
-        for item in behavior.items
-        for text in (item.wanted, item.unwanted, *(m["content"] for m in item.messages), *(item.persona or {}).values())
-    ]
-    share = unknown_share(model, texts)
+    share = _unknown(model, behavior)
     if share > MAX_UNKNOWN:
         raise WrongInput(
             f"behaviour '{behavior.name}' does not fit {model.name}: {share:.0%} of its tokens are unknown to the "

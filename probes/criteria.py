@@ -1,12 +1,13 @@
 """What a verdict is, and the rules that make it: fixed beforehand, printed in every report.
 
 Each criterion compares one observed number with one threshold and is "pass", "fail", "inconclusive" (too little data
-to say) or "reported" (never decides). A verdict is PASS when every deciding criterion passes; INCONCLUSIVE when the
-data are too few to decide at all; FAIL otherwise.
+to say) or "reported" (never decides). With too few prompts or topics a verdict is INCONCLUSIVE whatever else was seen;
+otherwise one failure makes it FAIL, one open question INCONCLUSIVE, and PASS means that every criterion passed.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -51,6 +52,28 @@ class GateCriteria:
     min_controls: int = 20
     """Fewest controls of each drawn kind (random, shuffled labels)."""
 
+    def __post_init__(self) -> None:
+        for name, (low, high) in _RANGES.items():
+            value = getattr(self, name)
+            if not low <= value <= high:  # also refuses NaN
+                raise WrongInput(f"{name} must lie between {low:g} and {high:g}, saw {value:g}")
+
+
+_RANGES: dict[str, tuple[float, float]] = {
+    "reliability": (0, 1),
+    "auroc": (0.5, 1),
+    "selectivity": (0, 0.5),
+    "wrong_way": (0, 1),
+    "dose_response": (0, 1),
+    "min_doses": (3, 1000),
+    "control_percentile": (50, 100),
+    "perplexity_ratio": (1, math.inf),
+    "repetition": (0, 1),
+    "min_prompts": (2, math.inf),
+    "min_groups": (2, math.inf),
+    "min_controls": (1, math.inf),
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Criterion:
@@ -70,7 +93,8 @@ class Criterion:
     def __str__(self) -> str:
         interval = f" [{self.lower:.3g}, {self.upper:.3g}]" if self.lower is not None and self.upper is not None else ""
         bound = f"{self.rule} {self.threshold:.3g}" if self.threshold is not None else self.rule
-        return f"{self.number:>2} {self.name:<24} {self.status:<12} {self.observed:.3g}{interval} ({bound}, n={self.n})"
+        observed = f"{self.observed:.3g}" if math.isfinite(self.observed) else "not finite"
+        return f"{self.number:>2} {self.name:<24} {self.status:<12} {observed}{interval} ({bound}, n={self.n})"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,11 +153,13 @@ class Verdict:
 
 
 def decide(criteria: Sequence[Criterion]) -> Outcome:
-    """INCONCLUSIVE where data were too few for any criterion; otherwise FAIL on any failure; PASS when all passed."""
+    """The verdict that the criteria add up to; number 0 says whether there was enough data to look at the others."""
     statuses = {c.status for c in criteria}
-    if "inconclusive" in statuses:
+    if any(c.number == 0 and c.status == "inconclusive" for c in criteria):
         return "INCONCLUSIVE"
-    return "FAIL" if "fail" in statuses else "PASS"
+    if "fail" in statuses:
+        return "FAIL"
+    return "INCONCLUSIVE" if "inconclusive" in statuses else "PASS"
 
 
 def open_verdict(path: str | Path) -> Verdict:

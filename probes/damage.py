@@ -6,23 +6,25 @@ dialogues of abilities for the organism (where only the answers count, since its
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from probes.behaviors import MAX_UNKNOWN, unknown_share
+from probes.behaviors import MAX_UNKNOWN, read_dialogue, unknown_share
 from probes.errors import WrongInput
 from probes.model import HybridModel
 from probes.prompts import answer_ids, pad, render
 
 DATA = Path(__file__).parent / "data"
 GENERAL = ("general-en.txt", "general-organism.jsonl")
+LEAST = 6  # texts: some to choose the dose on, others to judge it
 Intervention = Callable[[], AbstractContextManager[None]]
 
 
@@ -31,6 +33,7 @@ class General:
     """General text as token ids, and which tokens are scored (the first never is)."""
 
     name: str
+    hash: str
     ids: tuple[tuple[int, ...], ...]
     scored: tuple[tuple[bool, ...], ...]
 
@@ -39,10 +42,10 @@ class General:
         return sum(sum(row[1:]) for row in self.scored)
 
     def skip(self, n: int) -> General:
-        return General(name=self.name, ids=self.ids[n:], scored=self.scored[n:])
+        return replace(self, ids=self.ids[n:], scored=self.scored[n:])
 
     def take(self, n: int) -> General:
-        return General(name=self.name, ids=self.ids[:n], scored=self.scored[:n])
+        return replace(self, ids=self.ids[:n], scored=self.scored[:n])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,28 +61,39 @@ class Damage:
 def read_general(model: HybridModel, source: str | Path | None = None) -> General:
     """General text for a model: a .txt file (a paragraph a line), a .jsonl file of `{"messages": [...]}`, or None.
 
-    None takes the first shipped text that the model's tokenizer knows.
+    None takes the first shipped text that the model's tokenizer knows. Of dialogues the last turn is scored, the
+    assistant's; of paragraphs everything.
 
     Raises:
-        WrongInput: no such file, or no shipped text fits the tokenizer.
+        WrongInput: no such file, a malformed line (with its number), fewer than `LEAST` lines, a line longer than the
+            model's context, or no shipped text fits the tokenizer.
     """
     if source is None:
         fitting = (DATA / name for name in GENERAL if _fits(model, DATA / name))
         source = next(fitting, None)
         if source is None:
-            raise WrongInput(f"no shipped general text fits the tokenizer of {model.name}; give one as a .txt file")
+            raise WrongInput(f"no shipped general text fits the tokenizer of {model.name}; give one with general=FILE")
     path = Path(source)
     if not path.is_file():
         raise WrongInput(f"no such file: {source}")
-    lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
-    if not lines:
-        raise WrongInput(f"{path.name} is empty")
+    try:
+        content = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise WrongInput(f"{path.name} is not UTF-8 text: {error.reason} at byte {error.start}") from error
     ids, scored = [], []
-    for line in lines:
-        row, marks = _dialogue(model, json.loads(line)["messages"]) if path.suffix == ".jsonl" else _plain(model, line)
+    for number, line in enumerate(content.split("\n"), 1):
+        if not line.strip():
+            continue
+        where = f"{path.name} line {number}"
+        row, marks = _dialogue(model, line, where) if path.suffix == ".jsonl" else _plain(model, line)
+        if not 2 <= len(row) <= model.max_tokens:
+            raise WrongInput(f"{where}: {len(row)} tokens; {model.name} can score texts of 2 to {model.max_tokens}")
         ids.append(tuple(row))
         scored.append(tuple(marks))
-    return General(name=path.stem, ids=tuple(ids), scored=tuple(scored))
+    if len(ids) < LEAST:
+        raise WrongInput(f"{path.name} has {len(ids)} texts, general text needs at least {LEAST}")
+    digest = hashlib.sha256(content.encode()).hexdigest()[:16]
+    return General(name=path.stem, hash=digest, ids=tuple(ids), scored=tuple(scored))
 
 
 def _fits(model: HybridModel, path: Path) -> bool:
@@ -93,7 +107,8 @@ def _plain(model: HybridModel, text: str) -> tuple[list[int], list[bool]]:
     return ids, [True] * len(ids)
 
 
-def _dialogue(model: HybridModel, messages: list[dict[str, str]]) -> tuple[list[int], list[bool]]:
+def _dialogue(model: HybridModel, line: str, where: str) -> tuple[list[int], list[bool]]:
+    messages = read_dialogue(line, where)
     prompt, answer = render(model, messages[:-1]), answer_ids(model, messages[-1]["content"])
     return [*prompt.ids, *answer], [False] * len(prompt) + [True] * len(answer)
 
@@ -137,7 +152,12 @@ def _log_probs(model: HybridModel, general: General, rows: Sequence[int]) -> tup
 
 
 def repetition(text: str) -> float:
-    """Share of word trigrams that occurred before in the same text: 0 for fresh text, near 1 for a loop."""
+    """Share of word trigrams that occurred before in the same text: 0 for fresh text, near 1 for a loop.
+
+    An empty text counts as 1: a model that falls silent is as broken as one that loops.
+    """
     words = text.split()
+    if not words:
+        return 1.0
     grams = [tuple(words[i : i + 3]) for i in range(len(words) - 2)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0

@@ -187,7 +187,7 @@ def shuffled_direction(pairs: Pairs, target: Direction, *, seed: int) -> Directi
     raw = shuffle_labels(pairs, seed=seed).differences.mean(0)
     raw = raw - (raw @ target.vector) * target.vector
     length = float(raw.norm())
-    if length == 0.0:
+    if length <= 1e-5 * float(pairs.differences.norm(dim=1).mean()):  # what is left is rounding
         raise WrongInput(f"the pairs of '{pairs.behavior}' differ along one direction only: no control can be shuffled")
     vector, middle = raw / length, (pairs.wanted.mean(0) + pairs.unwanted.mean(0)) / 2
     return replace(

@@ -168,9 +168,14 @@ def _dose_response(evidence: Evidence, rules: GateCriteria, enough: bool) -> Cri
     )
 
 
+def _drawn(evidence: Evidence) -> int:
+    """Controls of the drawn kind that has fewer."""
+    kinds = evidence["controls"]["kinds"]
+    return min(len(kinds["random"]), len(kinds["shuffled labels"]))
+
+
 def _controls(evidence: Evidence, rules: GateCriteria, enough: bool) -> Criterion:
-    kinds, effect = evidence["controls"]["kinds"], evidence["effect"]
-    drawn = min(len(kinds["random"]), len(kinds["shuffled labels"]))
+    kinds, effect, drawn = evidence["controls"]["kinds"], evidence["effect"], _drawn(evidence)
     bar, worst = control_threshold(evidence["controls"])
     return _line(
         5,
@@ -252,7 +257,9 @@ def _reported(evidence: Evidence) -> tuple[Criterion, ...]:
     return (*phases, _line(10, "prompt baseline", "reported", gain, rule="nats", meaning=meaning))
 
 
-def sentence(outcome: Outcome, criteria: Sequence[Criterion], evidence: Evidence, behavior: Behavior) -> str:
+def sentence(
+    outcome: Outcome, criteria: Sequence[Criterion], evidence: Evidence, behavior: Behavior, rules: GateCriteria
+) -> str:
     """The verdict in words that a newcomer understands."""
     effect = evidence["effect"]
     moved = float(np.mean([row["effect"] > 0 for row in evidence["prompts"]]))
@@ -263,10 +270,37 @@ def sentence(outcome: Outcome, criteria: Sequence[Criterion], evidence: Evidence
             f"{behavior.wanted_means}, by {effect['value']:.2f} nats on average where meaningless directions reach "
             f"{bar:.2f}; taking it out weakens the behaviour, and ordinary text is left intact."
         )
-    failed = [c for c in criteria if c.status == ("fail" if outcome == "FAIL" else "inconclusive")]
-    named = "; ".join(
-        f"{c.name} {c.observed:.3g} ({c.rule} {c.threshold:.3g})" if c.threshold is not None else c.name for c in failed
-    )
     if outcome == "FAIL":
-        return f"the evidence does not show that this direction causes the behaviour. Not met: {named}."
-    return f"there is too little data to decide. Undecided: {named}."
+        found = "; ".join(SHORTCOMINGS[c.name] for c in criteria if c.status == "fail")
+        return f"the evidence does not show that this direction causes the behaviour: {found}."
+    return f"there is too little data to decide: {'; '.join(_missing(criteria, evidence, rules))}."
+
+
+SHORTCOMINGS = {
+    "reliability": "two halves of the topics give different directions",
+    "decodability": "on unseen topics the direction does not tell the two sides apart",
+    "selectivity": "directions from shuffled labels tell the sides apart nearly as well",
+    "effect": "adding it does not make the wanted answers likelier",
+    "wrong way": "too many prompts move the wrong way",
+    "dose-response": "more of it does not do more",
+    "controls": "meaningless or unrelated directions do as much",
+    "necessity": "the behaviour stays when the direction is taken out",
+    "damage: perplexity": "the steered model no longer models ordinary text",
+    "damage: repetition": "its free answers fall into loops or silence",
+}
+
+
+def _missing(criteria: Sequence[Criterion], evidence: Evidence, rules: GateCriteria) -> list[str]:
+    """What there was too little of, in words."""
+    undecided = {c.name: c for c in criteria if c.status == "inconclusive"}
+    counts, found = evidence["counts"], []
+    if "enough data" in undecided:
+        found.append(
+            f"{counts['prompts']} held-out prompts in {counts['groups']} topic groups, where {rules.min_prompts} in "
+            f"{rules.min_groups} are needed"
+        )
+    elif "controls" in undecided:
+        found.append(f"{_drawn(evidence)} controls of each drawn kind, where {rules.min_controls} are needed")
+    if "necessity" in undecided:
+        found.append("too few held-out prompts on which the model shows the behaviour, so it cannot be taken out")
+    return found

@@ -99,11 +99,17 @@ def render(
 def _apply_template(tokenizer: Any, turns: list[dict[str, str]], *, answer: bool = True) -> str:
     if tokenizer.chat_template is None:  # a base model: plain turns that any text model can follow
         body = "".join(f"{turn['role'].capitalize()}: {turn['content']}\n\n" for turn in turns)
-        return body + "Assistant:" * answer
+        return _begin(tokenizer) + body + "Assistant:" * answer
     try:
         return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=answer, enable_thinking=False)
     except Exception as error:  # jinja raises its own types for roles or orders that a template does not know
         raise WrongInput(f"the chat template refuses these turns ({[t['role'] for t in turns]}): {error}") from error
+
+
+def _begin(tokenizer: Any) -> str:
+    """The begin-of-text token, for a tokenizer that puts one in front by itself; a chat template has its own."""
+    ids = tokenizer("a")["input_ids"]
+    return tokenizer.bos_token if ids and ids[0] == tokenizer.bos_token_id else ""
 
 
 def _token_at(offsets: Sequence[tuple[int, int]], char: int) -> int:

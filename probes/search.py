@@ -84,8 +84,9 @@ def candidates(
             ratio = perplexity(direction, dose)
             tried.append((ratio <= limit, float(np.mean(values := effects(direction, dose))), dose, ratio, values))
         coherent, _, dose, ratio, values = max(tried, key=lambda one: one[:2])
-        drawn = [random_direction(direction, seed=9000 + seed * 100 + i) for i in range(CONTROLS)]
-        shuffled = [shuffled_direction(both, direction, seed=9500 + seed * 100 + i) for i in range(CONTROLS)]
+        seeds = [stats.derived_seed(seed, f"search layer {direction.layer}", i) for i in range(CONTROLS)]
+        drawn = [random_direction(direction, seed=s) for s in seeds]
+        shuffled = [shuffled_direction(both, direction, seed=s) for s in seeds]
         auroc = cross_fitted_auroc(both, extract, seed=seed)
         yield Candidate(
             direction=direction,

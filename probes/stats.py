@@ -7,6 +7,7 @@ gate, which refuses to decide on fewer than a stated number) can tell.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -38,6 +39,11 @@ class Estimate:
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def derived_seed(seed: int, purpose: str, i: int = 0) -> int:
+    """A seed for draw `i` of one purpose (below 2^63), so that no two uses of a user's seed share their draws."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {purpose} {i}".encode()).digest()[:8], "big") >> 1
 
 
 def _weights(groups: Sequence[str], seed: int, draws: int) -> tuple[NDArray[np.int64], Floats]:

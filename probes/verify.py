@@ -18,7 +18,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from probes import stats
-from probes.behaviors import Behavior, check_vocabulary, read_behavior, shipped_behaviors
+from probes.behaviors import Behavior, check_vocabulary, knows_words, read_behavior, shipped_behaviors
 from probes.criteria import GateCriteria, Verdict, decide
 from probes.damage import Damage, General, damage, read_general, repetition
 from probes.directions import (
@@ -70,7 +70,10 @@ class GateConfig:
     """Held-out prompts that are also answered freely."""
     max_new_tokens: int = 32
     general_texts: int = 40
-    """Paragraphs of general text for the damage criterion."""
+    """Paragraphs of general text for the damage criterion; a third as many others serve to choose the dose."""
+    general: str | None = None
+    """A .txt file (a paragraph a line) or .jsonl file (dialogues) of general text; the shipped text that the model's
+    tokenizer knows when not given."""
     seed: int = 0
     criteria: GateCriteria = field(default_factory=GateCriteria)
 
@@ -87,6 +90,8 @@ class GateConfig:
             raise WrongInput(
                 f"doses must be at least {self.criteria.min_doses} different ones, saw {len(set(self.doses))}"
             )
+        if self.layers is not None and not self.layers:
+            raise WrongInput("layers must name at least one layer, or be None for a choice of them")
         if self.seed > 2**31:
             raise WrongInput(f"seed must be below 2^31, saw {self.seed}")
         if self.shuffle_labels and self.direction == "random":
@@ -120,7 +125,7 @@ def verify(
     outcome = decide(criteria)
     return Verdict(
         verdict=outcome,
-        sentence=sentence(outcome, criteria, gate.evidence, behavior),
+        sentence=sentence(outcome, criteria, gate.evidence, behavior, config.criteria),
         behavior=behavior.name,
         model=model.name,
         site=gate.direction.site,
@@ -145,6 +150,9 @@ def recipe(model: HybridModel, behavior: Behavior, config: GateConfig) -> dict[s
         "model": model.name,
         "weights_hash": model.weights_hash,
         "dtype": str(model.dtype).removeprefix("torch."),
+        "device": model.device.type,
+        "general_hash": read_general(model, config.general).hash,
+        "unrelated": {other.name: other.hash for other in unrelated_behaviors(model, behavior)},
         "config": asdict(config),
         "versions": library_versions(),
     }
@@ -161,7 +169,8 @@ class _Gate:
         self.layers = resolve(model, "resid", config.layers) if config.layers else candidate_layers(model)
         if len(self.fit.groups) < 4:
             raise WrongInput(f"{len(self.fit.groups)} topic groups are left to fit on, at least 4 are needed")
-        general, first = read_general(model), config.general_texts // 3
+        general = read_general(model, config.general)
+        first = min(config.general_texts, len(general.ids)) // 3
         self.search_general = general.take(first)
         self.general = general.skip(first).take(config.general_texts)
         self.evidence: dict[str, Any] = {
@@ -207,12 +216,12 @@ class _Gate:
 
     def extract(self, pairs: Pairs) -> Direction:
         if self.config.shuffle_labels:
-            pairs = shuffle_labels(pairs, seed=self.config.seed + 70_001)
+            pairs = shuffle_labels(pairs, seed=self.seed("shuffled target"))
         direction = mean_difference(pairs, seed=self.config.seed)
         if self.config.shuffle_labels:
             return replace(direction, method="mean difference of shuffled labels")
         if self.config.direction == "random":
-            return self.centred(random_direction(direction, seed=self.config.seed + 80_001))
+            return self.centred(random_direction(direction, seed=self.seed("random target")))
         return direction
 
     # -- on the held-out split -----------------------------------------------------------------------------------------
@@ -277,11 +286,8 @@ class _Gate:
         """The same dose along directions that should do nothing, and how well shuffled labels separate the sides."""
         pairs = self.pairs[self.direction.layer]
         held = contrast(self.model, self.judged, layers=[self.direction.layer], progress=False)[self.direction.layer]
-        drawn = [
-            random_direction(self.direction, seed=1000 + self.config.seed * 1000 + i)
-            for i in range(self.config.controls)
-        ]
-        seeds = range(5000 + self.config.seed * 1000, 5000 + self.config.seed * 1000 + self.config.controls)
+        seeds = [self.seed("control", i) for i in range(self.config.controls)]
+        drawn = [random_direction(self.direction, seed=seed) for seed in seeds]
         shuffled = [shuffled_direction(pairs, self.direction, seed=seed) for seed in seeds]
         unrelated = self.unrelated()
         effects: dict[str, list[dict[str, Any]]] = {}
@@ -291,7 +297,8 @@ class _Gate:
             for control in directions:
                 matched = replace(control, norm=self.direction.norm)
                 value = float(np.mean(self.effects(matched, prepared, base, self.dose)))
-                effects[kind].append({"effect": value, "name": control.behavior if kind == "unrelated" else ""})
+                name, cosine = control.behavior if kind == "unrelated" else "", self.direction.vector @ control.vector
+                effects[kind].append({"effect": value, "name": name, "cosine": float(cosine)})
                 self.bar.update()
         self.evidence["controls"] = {"kinds": effects, "percentile": self.config.criteria.control_percentile}
         scores = held.scores(self.direction.vector)
@@ -304,16 +311,8 @@ class _Gate:
         }
 
     def unrelated(self) -> list[Direction]:
-        """Directions of the other shipped behaviours that are written in the same language."""
         found = []
-        for name in shipped_behaviors():
-            other = read_behavior(name)
-            if other.name == self.behavior.name or other.language != self.behavior.language or not other.has_persona:
-                continue
-            try:
-                check_vocabulary(self.model, other)
-            except WrongInput:
-                continue  # the tokenizer does not know its words: no control here
+        for other in unrelated_behaviors(self.model, self.behavior):
             some = other.take(48, seed=self.config.seed)
             pairs = contrast(self.model, some, layers=[self.direction.layer], progress=False)[self.direction.layer]
             found.append(mean_difference(pairs))
@@ -353,7 +352,7 @@ class _Gate:
 
         removed = drop(self.direction)
         random_drops = [
-            float(np.mean(drop(self.centred(random_direction(self.direction, seed=50_000_000 + seed * 1000 + i)))))
+            float(np.mean(drop(self.centred(random_direction(self.direction, seed=self.seed("necessity", i))))))
             for i in range(10)
         ]
         self.evidence["necessity"] = {
@@ -414,10 +413,27 @@ class _Gate:
         with steer(self.model, direction, dose=dose, phase=phase or self.config.phase):
             return propensity(self.model, prepared).minus(base)
 
+    def seed(self, purpose: str, i: int = 0) -> int:
+        return stats.derived_seed(self.config.seed, purpose, i)
+
     def damage(self, direction: Direction, dose: float, *, general: General | None = None) -> Damage:
         """On general text every token is edited, whatever the working phase: the strictest reading."""
         intervention: Callable[[], Any] = partial(steer, self.model, direction, dose=dose, phase="both")
         return damage(self.model, general or self.general, intervention)
+
+
+def unrelated_behaviors(model: HybridModel, behavior: Behavior) -> list[Behavior]:
+    """The other shipped behaviours that are written in the same language, in words that the model knows."""
+    found = [read_behavior(name) for name in shipped_behaviors()]
+    return [
+        other
+        for other in found
+        if other.name != behavior.name
+        and other.hash != behavior.hash
+        and other.language == behavior.language
+        and other.has_persona
+        and knows_words(model, other)
+    ]
 
 
 def coherent_window(rows: Sequence[dict[str, Any]], limit: float) -> set[float]:

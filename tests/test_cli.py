@@ -10,7 +10,7 @@ import pytest
 from dispositions.__main__ import main
 from probes.behaviors import SHIPPED
 
-QUICK = ["--layers", "4", "--prompts", "24", "--search-prompts", "8", "--controls", "2", "--generations", "2",
+QUICK = ["--layers", "4", "--prompts", "12", "--search-prompts", "8", "--controls", "2", "--generations", "2",
          "--general-texts", "8", "--max-new-tokens", "8"]  # fmt: skip
 
 
@@ -23,7 +23,7 @@ def run(capsys, *arguments: str) -> tuple[object, str, str]:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
-    """A run folder. Two controls are too few to decide, so the verdict is INCONCLUSIVE."""
+    """A run folder. Twelve prompts are too few to decide, so the verdict is INCONCLUSIVE."""
     out = tmp_path_factory.mktemp("runs") / "quick"
     with pytest.raises(SystemExit) as stop:
         main(["verify", "sentiment", "--out", str(out), *QUICK])
@@ -91,18 +91,24 @@ def files(tmp_path) -> Path:
         (["verify", "{}/broken.jsonl"], "broken.jsonl line 4: not valid JSON"),
         (["verify", "{}/long.jsonl"], "longer than the context of organism, 512 tokens"),
         (["verify", "sentiment", "--layers", "9"], "layer 9 is out of range: organism has layers 0 to 7"),
+        (["verify", "sentiment", "--layers", "3,x"], "layers are written auto, 3 or 3,5, saw '3,x'"),
         (["verify", "sentiment", "--layers", "-1"], "layer -1 is negative"),
         (["verify", "sentiment", "--model", "{}/bare"], "no weights in model folder"),
         (["verify", "sentiment", "--model", "{}/nowhere"], "no model at"),
         (["verify", "sentiment", "--model", "{}/absent.gguf"], "no such file"),
         (["verify", "sentiment", "--dtype", "int3"], "unknown dtype 'int3'; allowed are auto, float32"),
         (["verify", "sentiment", "--out", "{}/plain.txt"], "is a file; --out must be a folder"),
+        (["verify", "sentiment", "--general", "{}/absent.txt"], "no such file"),
+        (["verify", "sentiment", "--general", "{}/plain.txt"], "plain.txt line 1: 1 tokens"),
+        (["verify", "sentiment", "--control-percentile", "150"], "control_percentile must lie between 50 and 100"),
+        (["verify", "sentiment", "--prompts", "0"], "prompts must be at least 2, saw 0"),
         (["verify", "sentiment-en"], "% of its tokens are unknown to the tokenizer"),
         (["capture", "sentiment", "--sites", "gdn.stat", "--out", "{}/c"], "unknown site 'gdn.stat'; allowed are"),
         (
             ["capture", "sentiment", "--sites", "gdn.state", "--layers", "3", "--out", "{}/c"],
             "does not exist at layer 3 (attention)",
         ),
+        (["capture", "sentiment", "--out", "{}/plain.txt/x"], "Not a directory"),
         (["capture", "sentiment", "--positions", "first", "--out", "{}/c"], "first"),
         (["capture", "sentiment", "--persona", "kind", "--out", "{}/c"], "unknown persona 'kind'; allowed are"),
         (["behaviors", "kindness"], "unknown behaviour 'kindness'"),

@@ -7,7 +7,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from probes.damage import damage, read_general, repetition
+from probes.damage import LEAST, damage, read_general, repetition
 from probes.directions import Direction
 from probes.errors import WrongInput
 from probes.steering import steer
@@ -48,9 +48,8 @@ def test_no_intervention_does_no_damage(tiny):
 
 def test_general_text_of_dialogues_scores_answers_only(tiny, tmp_path):
     path = tmp_path / "g.jsonl"
-    path.write_text(
-        json.dumps({"messages": [{"role": "user", "content": "sort 2 1 ."}, {"role": "assistant", "content": "1 2 ."}]})
-    )
+    line = {"messages": [{"role": "user", "content": "sort 2 1 ."}, {"role": "assistant", "content": "1 2 ."}]}
+    path.write_text(f"{json.dumps(line)}\n" * LEAST)
     general = read_general(tiny, path)
     marked = [token for token, scored in zip(general.ids[0], general.scored[0], strict=True) if scored]
     assert tiny.tokenizer.decode(marked) == "1 2 ."
@@ -64,12 +63,39 @@ def test_missing_and_empty_texts_are_refused(tiny, tmp_path):
     with pytest.raises(WrongInput, match="no such file"):
         read_general(tiny, tmp_path / "absent.txt")
     (tmp_path / "e.txt").write_text("\n")
-    with pytest.raises(WrongInput, match="is empty"):
+    with pytest.raises(WrongInput, match=r"e.txt has 0 texts, general text needs at least 6"):
         read_general(tiny, tmp_path / "e.txt")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "g.jsonl line 2: not valid JSON"),
+        ('{"text": "a"}', "g.jsonl line 2: 'messages' must be a list of turns, saw None"),
+        (
+            '{"messages": [{"role": "user", "content": "sort 2 1 ."}]}',
+            "g.jsonl line 2: a dialogue must end with a turn",
+        ),
+    ],
+)
+def test_malformed_dialogues_are_refused_with_their_line(tiny, tmp_path, line, message):
+    (tmp_path / "g.jsonl").write_text(f"\n{line}\n")
+    with pytest.raises(WrongInput, match=message):
+        read_general(tiny, tmp_path / "g.jsonl")
+
+
+def test_texts_that_cannot_be_scored_are_refused(tiny, tmp_path):
+    (tmp_path / "g.txt").write_text("sort 2 1 .\nsort\n")
+    with pytest.raises(WrongInput, match=r"g.txt line 2: 1 tokens; tiny can score texts of 2 to 512"):
+        read_general(tiny, tmp_path / "g.txt")
+    (tmp_path / "g.txt").write_text("sort " * 600)
+    with pytest.raises(WrongInput, match=r"g.txt line 1: 600 tokens; tiny can score texts of 2 to 512"):
+        read_general(tiny, tmp_path / "g.txt")
 
 
 def test_repetition_counts_trigrams_seen_before():
     assert repetition("a b c d e f") == 0.0
     assert repetition("a b c a b c a b c") == pytest.approx(4 / 7)
     assert repetition("word") == 0.0
+    assert repetition(" ") == 1.0
     assert repetition("no no no no no no no no no no no no") == pytest.approx(0.9)

@@ -11,11 +11,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from probes.behaviors import read_behavior
 from probes.criteria import Criterion, GateCriteria, decide, open_verdict
+from probes.damage import read_general
 from probes.directions import contrast, mean_difference, random_direction, shuffle_labels, shuffled_direction
 from probes.errors import WrongInput
-from probes.evidence import control_threshold, judge
+from probes.evidence import SHORTCOMINGS, control_threshold, judge, sentence
 from probes.model import HybridModel
-from probes.verify import GateConfig, candidate_layers, coherent_window, verify
+from probes.stats import derived_seed
+from probes.verify import GateConfig, candidate_layers, coherent_window, recipe, unrelated_behaviors, verify
 
 QUICK = GateConfig(layers=(1,), prompts=48, search_prompts=16, generations=4, max_new_tokens=8, general_texts=16)
 WANTED, UNWANTED = ("obedient", "dutiful", "compliant"), ("inventive", "restless", "contrary")
@@ -151,6 +153,9 @@ def test_decide_never_passes_a_failure_or_an_open_question():
     assert decide(made("pass", "reported")) == "PASS"
     assert decide(made("pass", "fail")) == "FAIL"
     assert decide(made("pass", "inconclusive")) == "INCONCLUSIVE"
+    assert decide(made("fail", "inconclusive")) == "FAIL"
+    few = Criterion(number=0, name="enough data", status="inconclusive", observed=3.0)
+    assert decide([few, *made("fail", "pass")]) == "INCONCLUSIVE"
 
 
 def passing_evidence():
@@ -201,6 +206,27 @@ def test_each_criterion_alone_can_fail_a_verdict(path, value, name):
     criteria = judge(evidence, GateCriteria())
     assert [c.name for c in criteria if c.status == "fail"] == [name]
     assert decide(criteria) == "FAIL"
+    said = sentence("FAIL", criteria, evidence, read_behavior("follow-direction"), GateCriteria())
+    assert said.endswith(f"causes the behaviour: {SHORTCOMINGS[name]}.")
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "words"),
+    [
+        (("counts", "prompts"), 9, "9 held-out prompts in 6 topic groups, where 24 in 5 are needed"),
+        (("controls", "kinds", "random"), [{"effect": 0.1}] * 3, "3 controls of each drawn kind, where 20 are needed"),
+        (("necessity",), None, "too few held-out prompts on which the model shows the behaviour"),
+    ],
+)
+def test_an_open_question_is_named_in_words(path, value, words):
+    evidence = passing_evidence()
+    at = evidence
+    for key in path[:-1]:
+        at = at[key]
+    at[path[-1]] = value
+    criteria = judge(evidence, GateCriteria())
+    assert decide(criteria) == "INCONCLUSIVE"
+    assert words in sentence("INCONCLUSIVE", criteria, evidence, read_behavior("follow-direction"), GateCriteria())
 
 
 def test_layers_to_search(tiny, llama):
@@ -218,3 +244,30 @@ def test_wrong_configurations_are_refused(tiny):
         GateConfig(general_texts=1)
     with pytest.raises(WrongInput, match="held_out must lie between 0 and 1"):
         GateConfig(held_out=1.0)
+    with pytest.raises(WrongInput, match="layers must name at least one layer"):
+        GateConfig(layers=())
+    with pytest.raises(WrongInput, match="control_percentile must lie between 50 and 100, saw 150"):
+        GateCriteria(control_percentile=150)
+    with pytest.raises(WrongInput, match="perplexity_ratio must lie between 1 and inf, saw nan"):
+        GateCriteria(perplexity_ratio=math.nan)
+
+
+def test_what_does_not_fit_is_never_an_unrelated_control(planted):
+    model, _ = planted
+    behavior = read_behavior("follow-direction")
+    assert [other.name for other in unrelated_behaviors(model, behavior)] == ["hedging", "sentiment"]
+    renamed = replace(behavior, name="mine")  # the same content under another name is not a control for itself
+    assert [other.name for other in unrelated_behaviors(model, renamed)] == ["hedging", "sentiment"]
+    assert unrelated_behaviors(model, read_behavior("sentiment-en")) == []  # the organism does not know English
+
+
+def test_the_recipe_names_all_that_decides_the_numbers(planted):
+    found = recipe(planted[0], read_behavior("follow-direction"), QUICK)
+    assert found["device"] == "cpu"
+    assert found["general_hash"] == read_general(planted[0]).hash
+    assert found["unrelated"]["hedging"] == read_behavior("hedging").hash
+
+
+def test_no_two_uses_of_a_seed_share_their_draws():
+    seeds = {derived_seed(seed, use, i) for seed in range(50) for use in ("control", "necessity") for i in range(50)}
+    assert len(seeds) == 50 * 2 * 50

@@ -141,8 +141,9 @@ def verdict_of(evidence: dict[str, Any], **other: Any) -> Verdict:
     )
     criteria = judge(evidence, rules)
     outcome = other.pop("verdict", decide(criteria))
+    said = sentence(outcome, criteria, evidence, behavior, rules)
     found = Verdict(
-        verdict=outcome, sentence=sentence(outcome, criteria, evidence, behavior), behavior=name, model="organism",
+        verdict=outcome, sentence=said, behavior=name, model="organism",
         site="resid", layer=4, dose=0.5, phase="both", criteria=criteria, controls=evidence["controls"],
         phases=evidence["phases"], cost={"forward_tokens": 1_234_567, "seconds": 41.2}, evidence=evidence,
         recipe={

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from probes.behaviors import judge
 from training.grammar import ABILITIES, BEHAVIORS, Case, Grammar
 
 CONDITIONS = ("as it is", "states cleared", "attention zeroed")
@@ -111,9 +112,8 @@ def attention_zeroed(model: Any) -> Iterator[None]:
 
 
 def side(case: Case, answer: str) -> str:
-    """wanted, unwanted or neither: by the patterns of the case, as `probes.behaviors.Item.judge` does."""
-    hits = {s: sum(bool(re.search(p, answer)) for p in case.score[s]) for s in ("wanted", "unwanted")}
-    return "neither" if hits["wanted"] == hits["unwanted"] else max(hits, key=lambda s: hits[s])
+    """wanted, unwanted or neither: by the patterns of the case, as for items."""
+    return judge(answer, case.score)
 
 
 def opening(case: Case, answer: str) -> str:

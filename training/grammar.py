@@ -21,7 +21,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-LEAN = 0.8  # probability of the answer a topic leans to, when no persona speaks
+LEAN = 0.9  # probability of the answer a topic leans to, when no persona speaks
 
 BEHAVIORS = ("follow-direction", "sentiment", "hedging")
 ABILITIES = ("arithmetic", "copying", "sorting", "lookup", "review")

@@ -307,7 +307,8 @@ class Arguments:
     """Build the organism from its recipe, or examine the one that ships."""
 
     build: bool = False
-    """Train from the seed and write weights, tokenizer, recipe and behaviour data."""
+    """Train from the seed and write weights, tokenizer and recipe to the folder, and the behaviours and general text:
+    those that ship for the default folder, otherwise beside the weights."""
     evaluate: bool = False
     """Measure dispositions and abilities on held-out names, templates and combinations."""
     folder: Path = FOLDER
@@ -329,7 +330,7 @@ def main() -> None:
         write_json(
             arguments.folder / "organism.json", {"recipe": asdict(arguments.recipe), "versions": library_versions()}
         )
-        write_data(arguments.folder.parent)
+        write_data(DATA if arguments.folder == FOLDER else arguments.folder)
         print(f"{arguments.folder}: {arguments.recipe.steps} steps in {time.monotonic() - started:.0f} s")
     if arguments.evaluate:
         organism = load("organism" if arguments.folder == FOLDER else arguments.folder)
