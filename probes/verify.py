@@ -40,6 +40,7 @@ from probes.steering import PHASES, Phase, steer
 from probes.store import library_versions
 
 MAX_LAYERS_SEARCHED = 8
+DOSE_TEXTS = 12  # general texts behind each point of the dose curve; the working dose is judged on all of them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -256,7 +257,7 @@ class _Gate:
         for dose in self.config.doses:
             self.bar.set_postfix_str(f"dose {dose:g}")
             effects = self.effects(self.direction, prepared, base, dose) if dose else tuple(0.0 for _ in base.ids)
-            hurt = self.damage(self.direction, dose, general=self.general.take(12)) if dose else None
+            hurt = self.damage(self.direction, dose, general=self.general.take(DOSE_TEXTS)) if dose else None
             values = [b + e for b, e in zip(base.values, effects, strict=True)]
             rows.append(
                 {
