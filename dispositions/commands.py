@@ -20,6 +20,7 @@ from probes.model import HybridModel, load
 from probes.store import RECIPE, read_json, recipe_differs, write_json
 from probes.verify import GateConfig, recipe, verify
 
+BehaviorName = Annotated[Positional[str], tyro.conf.arg(metavar="BEHAVIOR")]
 Device = Annotated[str, tyro.conf.arg(help="Where to run: cpu, cuda, cuda:0, ...")]
 Dtype = Annotated[str, tyro.conf.arg(help="auto (what the checkpoint says), float32, bfloat16 or float16.")]
 
@@ -30,9 +31,15 @@ class Verify:
 
     Extracts the direction on some topics, judges it on others, and writes verdict.json, direction.safetensors and
     report.html. Exit code 0 means PASS, 1 FAIL, 3 INCONCLUSIVE (too little data), 2 wrong input.
+
+    dispositions verify follow-direction
+
+    dispositions verify sentiment-en --model models/SmolLM2-135M-Instruct.Q4_1.gguf
+
+    dispositions verify my.jsonl --model ./my-qwen3.5 --layers 8,12,16 --out runs/mine
     """
 
-    behavior: Positional[str]
+    behavior: BehaviorName
     """A shipped behaviour (see `dispositions behaviors`) or a JSONL file of contrast pairs."""
     model: str = "organism"
     """organism, a local folder, a .gguf file or a hub id."""
@@ -68,9 +75,11 @@ class Capture:
     """Record what happens inside a model on a behaviour's prompts, to a folder of safetensors.
 
     Resumes where an interrupted capture stopped. Read it back with probes.store.open_capture(folder).
+
+    dispositions capture follow-direction --sites resid gdn.state --persona wanted --out runs/states
     """
 
-    behavior: Positional[str]
+    behavior: BehaviorName
     """A shipped behaviour or a JSONL file; its prompts are captured up to the point where the model answers."""
     model: str = "organism"
     """organism, a local folder, a .gguf file or a hub id."""
@@ -105,7 +114,7 @@ class Capture:
 class Behaviors:
     """List the shipped behaviours, or show one: what it contrasts and a few of its items."""
 
-    behavior: Positional[str | None] = None
+    behavior: Annotated[Positional[str | None], tyro.conf.arg(metavar="BEHAVIOR")] = None
     """A shipped behaviour or a JSONL file to show."""
 
     def run(self) -> int:

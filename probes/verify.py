@@ -48,7 +48,7 @@ class GateConfig:
     """How a verdict is reached. The same object configures the function and the command."""
 
     layers: tuple[int, ...] | None = None
-    """Layers to choose from; None takes all of a small model, or eight spread over the middle of a large one."""
+    """Layers to choose from; auto (None) takes all of a small model, or eight spread over the middle of a large one."""
     doses: tuple[float, ...] = (-1.0, -0.75, -0.5, -0.25, -0.1, 0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
     """Doses of the dose-response curve, in units of the layer's residual norm; the working dose is one of them. The
     small ones keep a curve to look at where a model breaks early."""
@@ -70,12 +70,14 @@ class GateConfig:
     generations: int = 16
     """Held-out prompts that are also answered freely."""
     max_new_tokens: int = 32
+    """Length of a free answer, at most."""
     general_texts: int = 40
     """Paragraphs of general text for the damage criterion; a third as many others serve to choose the dose."""
     general: str | None = None
     """A .txt file (a paragraph a line) or .jsonl file (dialogues) of general text; the shipped text that the model's
     tokenizer knows when not given."""
     seed: int = 0
+    """Decides the split of the topics and every draw."""
     criteria: GateCriteria = field(default_factory=GateCriteria)
 
     def __post_init__(self) -> None:
