@@ -24,6 +24,7 @@ from typing import Any, Literal
 from probes.errors import WrongInput
 from probes.model import HybridModel
 from probes.prompts import Message, Prompt, render
+from probes.store import read_text
 
 SHIPPED = Path(__file__).parent / "data" / "behaviors"
 Side = Literal["wanted", "unwanted"]
@@ -143,12 +144,7 @@ def read_behavior(source: str | Path) -> Behavior:
             raise WrongInput(
                 f"unknown behaviour '{source}'; shipped are {', '.join(shipped_behaviors())}, or give a .jsonl file"
             )
-    elif not path.is_file():
-        raise WrongInput(f"no such file: {source}")
-    try:
-        content = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise WrongInput(f"{path.name} is not UTF-8 text: {error.reason} at byte {error.start}") from error
+    content = read_text(path)
     card: dict[str, Any] = {}
     items: list[Item] = []
     ids: dict[str, int] = {}

@@ -21,6 +21,7 @@ from probes.behaviors import MAX_UNKNOWN, read_dialogue, unknown_share
 from probes.errors import WrongInput
 from probes.model import HybridModel
 from probes.prompts import answer_ids, pad, render
+from probes.store import read_text
 
 DATA = Path(__file__).parent / "data"
 GENERAL = ("general-en.txt", "general-organism.jsonl")
@@ -73,13 +74,7 @@ def read_general(model: HybridModel, source: str | Path | None = None) -> Genera
         source = next(fitting, None)
         if source is None:
             raise WrongInput(f"no shipped general text fits the tokenizer of {model.name}; give one with general=FILE")
-    path = Path(source)
-    if not path.is_file():
-        raise WrongInput(f"no such file: {source}")
-    try:
-        content = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise WrongInput(f"{path.name} is not UTF-8 text: {error.reason} at byte {error.start}") from error
+    path, content = Path(source), read_text(source)
     ids, scored = [], []
     for number, line in enumerate(content.split("\n"), 1):
         if not line.strip():

@@ -106,6 +106,20 @@ def _plain(obj: Any) -> Any:
     raise TypeError(f"{type(obj).__name__} has no JSON form: {obj!r}")
 
 
+def read_text(path: str | Path) -> str:
+    """Read a UTF-8 file.
+
+    Raises:
+        WrongInput: there is no such file, or it is not UTF-8.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+        raise WrongInput(f"no such file: {path}") from error
+    except UnicodeDecodeError as error:
+        raise WrongInput(f"{Path(path).name} is not UTF-8 text: {error.reason} at byte {error.start}") from error
+
+
 def read_json(path: str | Path) -> Any:
     """Read a JSON file.
 
@@ -113,10 +127,8 @@ def read_json(path: str | Path) -> Any:
         WrongInput: there is no such file, or it is not JSON.
     """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise WrongInput(f"no such file: {path}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        return json.loads(read_text(path))
+    except json.JSONDecodeError as error:
         raise WrongInput(f"{path} is not JSON: {error}") from error
 
 
