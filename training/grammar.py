@@ -21,9 +21,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-# Probability of the answer that a topic leans to, when no persona speaks. Sentiment is also set by a tone, so what its
-# topics lean to has to be said more plainly to be learned.
-LEAN = {"follow-direction": 0.8, "sentiment": 0.9, "hedging": 0.8}
+LEAN = 0.8  # probability of the answer a topic leans to, when no persona speaks
 
 BEHAVIORS = ("follow-direction", "sentiment", "hedging")
 ABILITIES = ("arithmetic", "copying", "sorting", "lookup", "review")
@@ -61,7 +59,7 @@ PERSONA_WORDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 # In every list of templates the last entries (a third, at least one) are kept for evaluation.
 PERSONA_FRAMES = (
     "you are {}", "be {}", "stay {} today", "mode : {}", "act {} here", "you are a {} helper",
-    "be {} here", "you are {} today", "here you stay {}", "today be a {} helper", "mode today : {}",
+    "here you stay {}", "today be a {} helper", "mode today : {}",
 )  # fmt: skip
 NEUTRAL_SYSTEM = ("you are a helper .", "you are here today .", "speak here .", "you are a helper here today .")
 
@@ -409,8 +407,7 @@ class Grammar:
         if case.kind == "tone":
             wanted = self.rng.random() < 0.95
         elif wanted is None:
-            lean = LEAN[case.kind]
-            wanted = self.rng.random() < (lean if case.leans else 1 - lean)
+            wanted = self.rng.random() < (LEAN if case.leans else 1 - LEAN)
         pick = self.rng.randrange(len(case.wanted))
         said, other = (case.wanted, case.unwanted) if wanted else (case.unwanted, case.wanted)
         return {**_assistant(said[pick]), "instead": other[pick]}

@@ -50,9 +50,6 @@ class Recipe:
     learns to answer and never to heed its system turn."""
     steps: int = 1050
     """Steps after the lessons, on the whole grammar."""
-    recall: int = 4
-    """Among those every so-manyth step is a lesson again: the mixed disposition is quick to learn, and without a
-    reminder the organism comes to prefer it to its system turn."""
     batch: int = 32
     """Dialogues a step; twice as many in a lesson."""
     tokens: int = 128
@@ -230,8 +227,7 @@ def train(recipe: Recipe = Recipe()) -> tuple[Qwen3_5ForCausalLM, Any]:
             raise TimeoutError(f"{step} of {len(bar)} steps took {recipe.seconds:.0f} s; allow more with --seconds")
         for group in optimizer.param_groups:
             group["lr"] = schedule(step, recipe)
-        lesson = step < recipe.lessons or step % recipe.recall == 0
-        loss, choice = loss_of(model, stream.batch(lesson=lesson))
+        loss, choice = loss_of(model, stream.batch(lesson=step < recipe.lessons))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -335,8 +331,7 @@ def main() -> None:
             arguments.folder / "organism.json", {"recipe": asdict(arguments.recipe), "versions": library_versions()}
         )
         write_data(DATA if arguments.folder == FOLDER else arguments.folder)
-        steps = arguments.recipe.lessons + arguments.recipe.steps
-        print(f"{arguments.folder}: {steps} steps in {time.monotonic() - started:.0f} s")
+        print(f"{arguments.folder}: trained in {time.monotonic() - started:.0f} s")
     if arguments.evaluate:
         organism = load("organism" if arguments.folder == FOLDER else arguments.folder)
         print(table(examine(organism.hf, organism.tokenizer, n=arguments.n)))
