@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,12 +20,14 @@ from torch import Tensor
 from probes.behaviors import MAX_UNKNOWN, read_dialogue, unknown_share
 from probes.errors import WrongInput
 from probes.model import HybridModel
-from probes.prompts import answer_ids, pad, render
+from probes.prompts import Batch, answer_ids, batches, render
+from probes.scoring import log_probs, logits_at
 from probes.store import read_text
 
 DATA = Path(__file__).parent / "data"
 GENERAL = ("general-en.txt", "general-organism.jsonl")
 LEAST = 6  # texts: some to choose the dose on, others to judge it
+BATCH_TOKENS = 2048  # two sets of logits over the whole vocabulary are held at once
 Intervention = Callable[[], AbstractContextManager[None]]
 
 
@@ -109,41 +111,48 @@ def _dialogue(model: HybridModel, line: str, where: str) -> tuple[list[int], lis
 
 
 @torch.no_grad()
-def damage(model: HybridModel, general: General, intervention: Intervention, *, batch_tokens: int = 2048) -> Damage:
+def surprise(model: HybridModel, general: General) -> float:
+    """What the general text costs the model as it stands, in nats; its perplexity is exp(surprise / tokens)."""
+    nats = 0.0
+    for batch, scored in _batches(model, general):
+        logits = logits_at(model, scored.roll(-1, 1), **batch.inputs, use_cache=False)
+        nats -= float(log_probs(logits, batch.ids[scored]).sum())
+    return nats
+
+
+@torch.no_grad()
+def damage(model: HybridModel, general: General, intervention: Intervention) -> Damage:
     """Model the general text plainly and under an intervention, batch by batch."""
-    plain, edited, kl, count = 0.0, 0.0, 0.0, 0
-    for rows in _batches(general, batch_tokens):
-        base, target, scored = _log_probs(model, general, rows)
+    plain, edited, kl = 0.0, 0.0, 0.0
+    for batch, scored in _batches(model, general):
+        before, targets = scored.roll(-1, 1), batch.ids[scored]  # a token is predicted from the one before it
+        base = logits_at(model, before, **batch.inputs, use_cache=False)
         with intervention():
-            other, _, _ = _log_probs(model, general, rows)
-        plain -= float(base.gather(2, target)[..., 0][scored].sum())
-        edited -= float(other.gather(2, target)[..., 0][scored].sum())
-        kl += float((base.exp() * (base - other)).sum(-1)[scored].sum())
-        count += int(scored.sum())
+            other = logits_at(model, before, **batch.inputs, use_cache=False)
+        plain -= float(log_probs(base, targets).sum())
+        edited -= float(log_probs(other, targets).sum())
+        base, other = base.log_softmax(1), other.log_softmax(1)
+        kl += float((base.exp() * (base - other)).sum())
     if not math.isfinite(edited):
-        return Damage(perplexity=math.inf, perplexity_ratio=math.inf, kl=math.inf, tokens=count)
-    ratio = math.exp(min((edited - plain) / count, 700))
-    return Damage(perplexity=math.exp(plain / count), perplexity_ratio=ratio, kl=kl / count, tokens=count)
+        return Damage(perplexity=math.inf, perplexity_ratio=math.inf, kl=math.inf, tokens=general.tokens)
+    return Damage(
+        perplexity=math.exp(plain / general.tokens), perplexity_ratio=perplexity_ratio(general, plain, edited),
+        kl=kl / general.tokens, tokens=general.tokens,
+    )  # fmt: skip
 
 
-def _batches(general: General, batch_tokens: int) -> list[list[int]]:
-    order = sorted(range(len(general.ids)), key=lambda i: len(general.ids[i]))
-    groups: list[list[int]] = [[]]
-    for i in order:
-        if groups[-1] and (len(groups[-1]) + 1) * len(general.ids[i]) > batch_tokens:
-            groups.append([])
-        groups[-1].append(i)
-    return groups
+def perplexity_ratio(general: General, plain: float, edited: float) -> float:
+    """Ratio of perplexities from two surprises of one text; infinite where the edited model gives no numbers."""
+    return math.exp(min((edited - plain) / general.tokens, 700)) if math.isfinite(edited) else math.inf
 
 
-def _log_probs(model: HybridModel, general: General, rows: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """Next-token log-probabilities [prompt token vocab], targets [.., 1] and which of them count."""
-    batch = pad([general.ids[i] for i in rows], pad_id=model.tokenizer.pad_token_id, device=model.device)
-    logits = model.hf(**batch.inputs, use_cache=False).logits[:, :-1]
-    scored = torch.zeros_like(batch.ids, dtype=torch.bool)
-    for row, i in enumerate(rows):
-        scored[row, -len(general.ids[i]) + 1 :] = torch.tensor(general.scored[i][1:])
-    return logits.float().log_softmax(-1), batch.ids[:, 1:, None], scored[:, 1:]
+def _batches(model: HybridModel, general: General) -> Iterator[tuple[Batch, Tensor]]:
+    """Left-padded batches, and which of their tokens are scored."""
+    for batch in batches(model, general.ids, batch_tokens=BATCH_TOKENS):
+        scored = torch.zeros_like(batch.mask, dtype=torch.bool)
+        for row, i in enumerate(batch.rows):
+            scored[row, -len(general.ids[i]) + 1 :] = torch.tensor(general.scored[i][1:])
+        yield batch, scored
 
 
 def repetition(text: str) -> float:

@@ -22,6 +22,7 @@ from probes.behaviors import Behavior, Side
 from probes.errors import WrongInput
 from probes.model import HybridModel
 from probes.prompts import Batch, Prompt, answer_ids, batches
+from probes.scoring import log_probs, logits_at, row_sums
 from probes.stats import Estimate
 
 
@@ -105,29 +106,28 @@ def _score_answers(model: HybridModel, batch: Batch, out: Any, answers: list[tup
 
     Answers are padded on the right: what follows an answer's last token can no longer reach it.
     """
-    first = torch.tensor([answer[0] for answer in answers], device=batch.ids.device)
-    start = out.logits[:, -1].float().log_softmax(-1).repeat_interleave(2, 0)
-    total = start.gather(1, first[:, None])[:, 0]
+    start = torch.tensor([answer[0] for answer in answers], device=batch.ids.device)
+    first = log_probs(out.logits[:, -1].float().repeat_interleave(2, 0), start)
     width = max(map(len, answers)) - 1
     if width == 0:
-        return total.cpu()
+        return first.cpu()
     ids = torch.full((len(answers), width), model.tokenizer.pad_token_id)
     targets = torch.full((len(answers), width), -1)
     for row, answer in enumerate(answers):
         ids[row, : len(answer) - 1] = torch.tensor(answer[:-1])
         targets[row, : len(answer) - 1] = torch.tensor(answer[1:])
     ids, targets = ids.to(batch.ids.device), targets.to(batch.ids.device)
-    seen = batch.mask.repeat_interleave(2, 0)
-    positions = seen.sum(1, keepdim=True) + torch.arange(width, device=ids.device)
-    logits = model.hf(
+    seen, mask = batch.mask.repeat_interleave(2, 0), targets >= 0
+    logits = logits_at(
+        model,
+        mask,
         input_ids=ids,
-        attention_mask=torch.cat([seen, (targets >= 0).long()], 1),
-        position_ids=positions,
+        attention_mask=torch.cat([seen, mask.long()], 1),
+        position_ids=seen.sum(1, keepdim=True) + torch.arange(width, device=ids.device),
         past_key_values=fork(out.past_key_values, 2),
         use_cache=True,
-    ).logits
-    picked = logits.float().log_softmax(-1).gather(2, targets.clamp_min(0)[..., None])[..., 0]
-    return (total + (picked * (targets >= 0)).sum(1)).cpu()
+    )
+    return (first + row_sums(mask, log_probs(logits, targets[mask]))).cpu()
 
 
 def fork(cache: Any, times: int) -> Any:

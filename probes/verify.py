@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from probes import stats
 from probes.behaviors import Behavior, check_vocabulary, knows_words, read_behavior, shipped_behaviors
 from probes.criteria import GateCriteria, Verdict, decide
-from probes.damage import Damage, General, damage, read_general, repetition
+from probes.damage import General, damage, perplexity_ratio, read_general, repetition, surprise
 from probes.directions import (
     Direction,
     Pairs,
@@ -176,6 +176,7 @@ class _Gate:
         first = min(config.general_texts, len(general.ids)) // 3
         self.search_general = general.take(first)
         self.general = general.skip(first).take(config.general_texts)
+        self.plain: dict[General, float] = {}
         self.evidence: dict[str, Any] = {
             "split": {"fit": list(self.fit.groups), "held_out": list(self.held.groups)},
             "behavior": {
@@ -203,7 +204,7 @@ class _Gate:
             self.pairs,
             self.extract,
             lambda direction, dose: self.effects(direction, prepared, base, dose),
-            lambda direction, dose: self.damage(direction, dose, general=self.search_general).perplexity_ratio,
+            lambda direction, dose: self.perplexity_ratio(direction, dose, self.search_general),
             groups=base.groups,
             doses=self.config.doses,
             rules=self.config.criteria,
@@ -245,7 +246,7 @@ class _Gate:
         self.measure_controls(prepared, base)
         self.measure_phases(prepared, base)
         self.measure_necessity(base)
-        self.evidence["damage"] = asdict(self.damage(self.direction, self.dose))
+        self.evidence["damage"] = asdict(damage(self.model, self.general, self.on_text(self.direction, self.dose)))
         self.measure_generation()
         self.evidence["baseline"]["propensity"] = base.estimate(seed=seed).as_dict()
         self.evidence["counts"] = {
@@ -255,18 +256,18 @@ class _Gate:
         }
 
     def measure_doses(self, prepared: Prepared, base: Propensity) -> None:
-        rows, curve = [], []
+        rows, curve, sample = [], [], self.general.take(DOSE_TEXTS)
         for dose in self.config.doses:
             self.bar.set_postfix_str(f"dose {dose:g}")
             effects = self.effects(self.direction, prepared, base, dose) if dose else tuple(0.0 for _ in base.ids)
-            hurt = self.damage(self.direction, dose, general=self.general.take(DOSE_TEXTS)) if dose else None
+            ratio = self.perplexity_ratio(self.direction, dose, sample) if dose else 1.0
             values = [b + e for b, e in zip(base.values, effects, strict=True)]
             rows.append(
                 {
                     "dose": dose,
                     "propensity": stats.mean(values, base.groups, seed=self.config.seed).as_dict(),
                     "effect": stats.mean(effects, base.groups, seed=self.config.seed).as_dict(),
-                    "perplexity_ratio": hurt.perplexity_ratio if hurt else 1.0,
+                    "perplexity_ratio": ratio,
                 }
             )
             curve.append(values)
@@ -419,10 +420,15 @@ class _Gate:
     def seed(self, purpose: str, i: int = 0) -> int:
         return stats.derived_seed(self.config.seed, purpose, i)
 
-    def damage(self, direction: Direction, dose: float, *, general: General | None = None) -> Damage:
+    def on_text(self, direction: Direction, dose: float) -> Callable[[], Any]:
         """On general text every token is edited, whatever the working phase: the strictest reading."""
-        intervention: Callable[[], Any] = partial(steer, self.model, direction, dose=dose, phase="both")
-        return damage(self.model, general or self.general, intervention)
+        return partial(steer, self.model, direction, dose=dose, phase="both")
+
+    def perplexity_ratio(self, direction: Direction, dose: float, general: General) -> float:
+        if general not in self.plain:  # modelled without an intervention once
+            self.plain[general] = surprise(self.model, general)
+        with self.on_text(direction, dose)():
+            return perplexity_ratio(general, self.plain[general], surprise(self.model, general))
 
 
 def unrelated_behaviors(model: HybridModel, behavior: Behavior) -> list[Behavior]:

@@ -7,7 +7,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from probes.damage import LEAST, damage, read_general, repetition
+from probes.damage import LEAST, damage, read_general, repetition, surprise
 from probes.directions import Direction
 from probes.errors import WrongInput
 from probes.steering import steer
@@ -19,9 +19,10 @@ def pushed(model, dose):
 
 
 @torch.no_grad()
-def test_perplexity_and_divergence_equal_an_unbatched_computation(tiny):
+def test_perplexity_and_divergence_equal_an_unbatched_computation(tiny, monkeypatch):
+    monkeypatch.setattr("probes.damage.BATCH_TOKENS", 200)  # several batches, of different widths
     general = read_general(tiny).take(12)
-    found = damage(tiny, general, lambda: pushed(tiny, 1.0), batch_tokens=200)
+    found = damage(tiny, general, lambda: pushed(tiny, 1.0))
     nll = {False: 0.0, True: 0.0}
     kl, count = 0.0, 0
     for ids, scored in zip(general.ids, general.scored, strict=True):
@@ -36,6 +37,9 @@ def test_perplexity_and_divergence_equal_an_unbatched_computation(tiny):
                 for edited in (False, True):
                     nll[edited] -= float(logs[edited][i - 1, ids[i]])
     assert found.tokens == count == general.tokens
+    assert surprise(tiny, general) == pytest.approx(nll[False], rel=1e-5)
+    with pushed(tiny, 1.0):
+        assert surprise(tiny, general) == pytest.approx(nll[True], rel=1e-5)
     assert found.perplexity == pytest.approx(math.exp(nll[False] / count), rel=1e-4)
     assert found.perplexity_ratio == pytest.approx(math.exp((nll[True] - nll[False]) / count), rel=1e-4)
     assert found.kl == pytest.approx(kl / count, rel=1e-3, abs=1e-6)

@@ -1,0 +1,36 @@
+"""Log-probabilities of given tokens, at the cost of the positions that count.
+
+The output layer is a fifth of a small model and its logits are by far the largest tensors, so it is run only where a
+token is scored: never on the prompt, on padding, or on the questions of a dialogue.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from probes.model import HybridModel
+
+
+def logits_at(model: HybridModel, mask: Bool[Tensor, "prompt token"], **inputs: Any) -> Float[Tensor, "position vocab"]:
+    """Run the model and return float32 logits at the positions where `mask` is true, row by row."""
+    head = model.hf.get_output_embeddings()
+    handle = head.register_forward_pre_hook(lambda _, args: (args[0][mask][None],))
+    try:
+        return model.hf(**inputs).logits[0].float()
+    finally:
+        handle.remove()
+
+
+def log_probs(logits: Float[Tensor, "position vocab"], targets: Int[Tensor, " position"]) -> Float[Tensor, " position"]:
+    """Log-probability of one token at each position, in nats."""
+    return logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(1)
+
+
+def row_sums(mask: Bool[Tensor, "prompt token"], values: Float[Tensor, " position"]) -> Float[Tensor, " prompt"]:
+    """Sum of the values of each row, 0 for a row without any."""
+    rows = mask.nonzero()[:, 0]
+    return torch.zeros(len(mask), device=values.device, dtype=values.dtype).index_add(0, rows, values)
