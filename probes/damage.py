@@ -16,12 +16,13 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn.functional import kl_div
 
 from probes.behaviors import MAX_UNKNOWN, read_dialogue, unknown_share
 from probes.errors import WrongInput
 from probes.model import HybridModel
 from probes.prompts import Batch, answer_ids, batches, render
-from probes.scoring import log_probs, logits_at
+from probes.scoring import CHUNK, log_probs, logits_at
 from probes.store import read_text
 
 DATA = Path(__file__).parent / "data"
@@ -131,8 +132,8 @@ def damage(model: HybridModel, general: General, intervention: Intervention) -> 
             other = logits_at(model, before, **batch.inputs, use_cache=False)
         plain -= float(log_probs(base, targets).sum())
         edited -= float(log_probs(other, targets).sum())
-        base, other = base.log_softmax(1), other.log_softmax(1)
-        kl += float((base.exp() * (base - other)).sum())
+        for p, q in zip(base.split(CHUNK), other.split(CHUNK), strict=True):
+            kl += float(kl_div(q.float().log_softmax(1), p.float().log_softmax(1), log_target=True, reduction="sum"))
     if not math.isfinite(edited):
         return Damage(perplexity=math.inf, perplexity_ratio=math.inf, kl=math.inf, tokens=general.tokens)
     return Damage(

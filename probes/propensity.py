@@ -107,7 +107,7 @@ def _score_answers(model: HybridModel, batch: Batch, out: Any, answers: list[tup
     Answers are padded on the right: what follows an answer's last token can no longer reach it.
     """
     start = torch.tensor([answer[0] for answer in answers], device=batch.ids.device)
-    first = log_probs(out.logits[:, -1].float().repeat_interleave(2, 0), start)
+    first = log_probs(out.logits[:, -1].repeat_interleave(2, 0), start)
     width = max(map(len, answers)) - 1
     if width == 0:
         return first.cpu()

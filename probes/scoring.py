@@ -11,23 +11,27 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from probes.model import HybridModel
 
+CHUNK = 64  # positions at once: float32 copies of all logits would not fit any cache
+
 
 def logits_at(model: HybridModel, mask: Bool[Tensor, "prompt token"], **inputs: Any) -> Float[Tensor, "position vocab"]:
-    """Run the model and return float32 logits at the positions where `mask` is true, row by row."""
+    """Run the model and return logits, in its dtype, at the positions where `mask` is true, row by row."""
     head = model.hf.get_output_embeddings()
     handle = head.register_forward_pre_hook(lambda _, args: (args[0][mask][None],))
     try:
-        return model.hf(**inputs).logits[0].float()
+        return model.hf(**inputs).logits[0]
     finally:
         handle.remove()
 
 
 def log_probs(logits: Float[Tensor, "position vocab"], targets: Int[Tensor, " position"]) -> Float[Tensor, " position"]:
-    """Log-probability of one token at each position, in nats."""
-    return logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(1)
+    """Log-probability of one token at each position, in nats; computed in float32."""
+    parts = zip(logits.split(CHUNK), targets.split(CHUNK), strict=True)
+    return torch.cat([-cross_entropy(part.float(), target, reduction="none") for part, target in parts])
 
 
 def row_sums(mask: Bool[Tensor, "prompt token"], values: Float[Tensor, " position"]) -> Float[Tensor, " prompt"]:
