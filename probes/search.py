@@ -1,7 +1,8 @@
 """Choosing layer and dose, on the fit split alone.
 
-At every candidate layer the direction is tried at every positive dose. What counts is the effect beyond that of
-meaningless directions of equal length, and only where the gate could agree: the two sides can be told apart there
+At every candidate layer the direction is tried at every positive dose. What counts is the effect beyond what the gate
+will ask for there: the bar that meaningless directions of equal length set (criterion 5), foreseen from a few of them.
+And it counts only where the gate could agree: the two sides can be told apart there
 (cross-fitted over topic groups), and ordinary text keeps at most half of the damage budget, since the held-out text
 will not be this one. When no layer is eligible the best of all is taken, and the gate says what is wrong with it.
 """
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from scipy.stats import halfnorm
 
 from probes import stats
 from probes.criteria import GateCriteria
@@ -22,18 +24,23 @@ from probes.stats import Estimate
 
 Effects = Callable[[Direction, float], Sequence[float]]
 Perplexity = Callable[[Direction, float], float]
-CONTROLS = 3  # of each drawn kind, at each layer
+CONTROLS = 4  # of each drawn kind, at each layer
 
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """One layer at its best dose. `random_effect` and `shuffled_effect` are mean |effect| of controls, in nats."""
+    """One layer at its best dose.
+
+    `random_effect` and `shuffled_effect` are mean |effect| of controls, in nats; `bar` is what the percentile of the
+    larger kind would be if its effects were normal around zero.
+    """
 
     direction: Direction
     dose: float
     effect: Estimate
     random_effect: float
     shuffled_effect: float
+    bar: float
     perplexity_ratio: float
     auroc: float
     coherent: bool
@@ -41,11 +48,11 @@ class Candidate:
 
     @property
     def score(self) -> float:
-        return self.effect.value - max(self.random_effect, self.shuffled_effect)
+        return self.effect.value - self.bar
 
     @property
     def rank(self) -> tuple[bool, bool, float]:
-        """Eligible layers before others, then by effect beyond the controls."""
+        """Eligible layers before others, then by effect beyond the bar."""
         return self.coherent, self.decodable, self.score
 
     def row(self, kind: str) -> dict[str, Any]:
@@ -57,6 +64,7 @@ class Candidate:
             "effect": self.effect.as_dict(),
             "random_effect": self.random_effect,
             "shuffled_effect": self.shuffled_effect,
+            "bar": self.bar,
             "perplexity_ratio": self.perplexity_ratio,
             "coherent": self.coherent,
             "auroc": self.auroc,
@@ -87,13 +95,14 @@ def candidates(
         seeds = [stats.derived_seed(seed, f"search layer {direction.layer}", i) for i in range(CONTROLS)]
         drawn = [random_direction(direction, seed=s) for s in seeds]
         shuffled = [shuffled_direction(both, direction, seed=s) for s in seeds]
+        noise = {"random_effect": _size(drawn, effects, dose), "shuffled_effect": _size(shuffled, effects, dose)}
         auroc = cross_fitted_auroc(both, extract, seed=seed)
         yield Candidate(
             direction=direction,
             dose=dose,
             effect=stats.mean(values, groups, seed=seed),
-            random_effect=_size(drawn, effects, dose),
-            shuffled_effect=_size(shuffled, effects, dose),
+            **noise,
+            bar=max(noise.values()) * _normal_bar(rules.control_percentile),
             perplexity_ratio=ratio,
             auroc=auroc,
             coherent=coherent,
@@ -103,6 +112,11 @@ def candidates(
 
 def _size(controls: Sequence[Direction], effects: Effects, dose: float) -> float:
     return float(np.mean([abs(np.mean(effects(control, dose))) for control in controls]))
+
+
+def _normal_bar(percentile: float) -> float:
+    """A percentile of |x| over the mean of |x|, for x normal around zero: 2.46 at 95."""
+    return float(halfnorm.ppf(min(percentile, 99.9) / 100) / halfnorm.mean())
 
 
 def cross_fitted_auroc(pairs: Pairs, extract: Callable[[Pairs], Direction], *, seed: int, times: int = 6) -> float:

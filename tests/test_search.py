@@ -22,12 +22,16 @@ def pairs(layer, signal, noise=1.0, n=64):
 GROUPS = tuple(f"g{i % 4}" for i in range(16))
 
 
-def run(layers, *, gain, harm, leak=0.0):
-    """A world where a push along the first axis has an effect: `gain` and `harm` by layer, `leak` for any push."""
+def run(layers, *, gain, harm, leak=0.0, spread=None):
+    """A world where a push along the first axis has an effect: `gain` and `harm` by layer, `leak` for any push.
+
+    `spread` by layer is the standard deviation of what a push in any direction does, through the second axis.
+    """
 
     def effects(direction, dose):
-        along = float(direction.vector[0])
-        return [dose * gain[direction.layer] * along + leak] * 16
+        along, across = direction.vector[:2].tolist()
+        anything = (spread or {}).get(direction.layer, 0.0) * across * 24**0.5
+        return [dose * gain[direction.layer] * along + leak + anything] * 16
 
     def perplexity(direction, dose):
         return 1 + dose * harm[direction.layer]
@@ -61,6 +65,14 @@ def test_a_layer_that_breaks_the_model_or_does_not_know_the_sides_comes_last():
 def test_an_effect_that_any_push_has_does_not_count():
     found = run({0: pairs(0, 6.0), 1: pairs(1, 6.0)}, gain={0: 1.0, 1: 1.0}, harm={0: 0.0, 1: 0.0}, leak=5.0)
     assert all(c.score < 1.2 < c.effect.value for c in found.values())
+
+
+def test_a_strong_layer_where_any_push_does_much_loses_to_a_quieter_one():
+    calm, wild = pairs(0, 9.0, noise=0.1), pairs(1, 9.0, noise=0.1)
+    found = run({0: calm, 1: wild}, gain={0: 2.0, 1: 4.0}, harm={0: 0.0, 1: 0.0}, spread={0: 0.1, 1: 3.0})
+    assert found[1].effect.value > found[0].effect.value > found[0].bar
+    assert found[1].bar == pytest.approx(2.46 * max(found[1].random_effect, found[1].shuffled_effect), rel=0.01)
+    assert max(found.values(), key=lambda c: c.rank).direction.layer == 0
 
 
 def test_cross_fitted_auroc_is_high_for_signal_and_even_for_noise():
