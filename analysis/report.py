@@ -45,6 +45,8 @@ THRESHOLDS = {
     "min_prompts": "0: fewest held-out prompts to decide on",
     "min_groups": "0: fewest held-out topic groups to decide on",
     "min_controls": "5: fewest controls of each drawn kind",
+    "min_tokens": "8: fewest scored tokens of ordinary text",
+    "min_answers": "8: fewest free answers",
 }
 _PAGES = Environment(
     loader=PackageLoader("analysis"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True

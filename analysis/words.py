@@ -63,8 +63,8 @@ def searched(row: Numbers) -> str:
     return lines(
         f"<b>{row['layer']}</b>",
         f"effect {estimate(row['effect'])} nats at dose {row['dose']:g}",
-        f"random directions ±{number(row['random_effect'])} nats",
-        f"shuffled labels ±{number(row.get('shuffled_effect'))} nats",
+        f"random directions ±{number(row['random_effect'])} nats on average",
+        f"shuffled labels ±{number(row.get('shuffled_effect'))} nats on average",
         f"AUROC {number(row.get('auroc'))}, reliability {number(row['reliability'])}",
         f"perplexity ratio {ratio(row['perplexity_ratio'])}",
     )

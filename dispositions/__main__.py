@@ -6,6 +6,7 @@ program itself.
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -62,8 +63,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except WrongInput as error:
         print(f"dispositions: {error}", file=sys.stderr)
         code = 2
+    except BrokenPipeError:  # the reader of our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 141
     except OSError as error:  # a folder that cannot be made, a full disk
-        print(f"dispositions: {error.strerror or type(error).__name__}: '{error.filename}'", file=sys.stderr)
+        said = f"{error.strerror}: '{error.filename}'" if error.filename else str(error) or type(error).__name__
+        print(f"dispositions: {said}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         print("dispositions: interrupted; finished files are kept, run the same command to resume", file=sys.stderr)

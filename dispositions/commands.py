@@ -168,6 +168,8 @@ def _claim(out: Path, asked: dict) -> bool:
         raise WrongInput(f"'{out}' is a file; --out must be a folder")
     if (out / RECIPE).is_file():
         old = read_json(out / RECIPE)
+        if not isinstance(old, dict):
+            raise WrongInput(f"'{out / RECIPE}' is not a recipe; choose another --out or remove it")
         difference = recipe_differs(old, asked)
         # a run that stopped before its verdict has nothing to lose; another kind of run (a capture) does
         if difference and (old.get("kind") != "verify" or (out / "verdict.json").is_file()):

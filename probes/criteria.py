@@ -51,6 +51,10 @@ class GateCriteria:
     """Fewest held-out topic groups to decide on."""
     min_controls: int = 20
     """Fewest controls of each drawn kind (random, shuffled labels)."""
+    min_tokens: int = 100
+    """Fewest scored tokens of general text."""
+    min_answers: int = 8
+    """Fewest free answers."""
 
     def __post_init__(self) -> None:
         for name, (low, high) in _RANGES.items():
@@ -72,6 +76,8 @@ _RANGES: dict[str, tuple[float, float]] = {
     "min_prompts": (2, math.inf),
     "min_groups": (2, math.inf),
     "min_controls": (1, math.inf),
+    "min_tokens": (1, math.inf),
+    "min_answers": (1, math.inf),
 }
 
 

@@ -78,6 +78,8 @@ def read_general(model: HybridModel, source: str | Path | None = None) -> Genera
         if source is None:
             raise WrongInput(f"no shipped general text fits the tokenizer of {model.name}; give one with general=FILE")
     path, content = Path(source), read_text(source)
+    if path.suffix not in (".txt", ".jsonl"):
+        raise WrongInput(f"general text is a .txt or .jsonl file, saw '{path.name}'")
     ids, scored = [], []
     for number, line in enumerate(content.split("\n"), 1):
         if not line.strip():
@@ -90,18 +92,26 @@ def read_general(model: HybridModel, source: str | Path | None = None) -> Genera
         scored.append(tuple(marks))
     if len(ids) < LEAST:
         raise WrongInput(f"{path.name} has {len(ids)} texts, general text needs at least {LEAST}")
+    if (share := unknown_share(model, _texts(path, content))) > MAX_UNKNOWN:
+        raise WrongInput(
+            f"{path.name} does not fit {model.name}: {share:.0%} of its tokens are unknown to the tokenizer, at most "
+            f"{MAX_UNKNOWN:.0%} are allowed"
+        )
     digest = hashlib.sha256(content.encode()).hexdigest()[:16]
     return General(name=path.stem, hash=digest, ids=tuple(ids), scored=tuple(scored))
 
 
 def _fits(model: HybridModel, path: Path) -> bool:
-    lines = path.read_text(encoding="utf-8").splitlines()[:20]
-    texts = [m["content"] for line in lines for m in json.loads(line)["messages"]] if path.suffix == ".jsonl" else lines
-    return unknown_share(model, texts) <= MAX_UNKNOWN
+    return unknown_share(model, _texts(path, read_text(path))[:40]) <= MAX_UNKNOWN
+
+
+def _texts(path: Path, content: str) -> list[str]:
+    lines = [line for line in content.split("\n") if line.strip()]
+    return [m["content"] for line in lines for m in json.loads(line)["messages"]] if path.suffix == ".jsonl" else lines
 
 
 def _plain(model: HybridModel, text: str) -> tuple[list[int], list[bool]]:
-    ids = model.tokenizer(text)["input_ids"]
+    ids = model.tokenizer(text, verbose=False)["input_ids"]
     return ids, [True] * len(ids)
 
 
@@ -157,12 +167,7 @@ def _batches(model: HybridModel, general: General) -> Iterator[tuple[Batch, Tens
 
 
 def repetition(text: str) -> float:
-    """Share of word trigrams that occurred before in the same text: 0 for fresh text, near 1 for a loop.
-
-    An empty text counts as 1: a model that falls silent is as broken as one that loops.
-    """
+    """Share of word trigrams that occurred before in the same text: 0 for fresh text, near 1 for a loop."""
     words = text.split()
-    if not words:
-        return 1.0
     grams = [tuple(words[i : i + 3]) for i in range(len(words) - 2)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0

@@ -154,13 +154,18 @@ def _effect(evidence: Evidence, rules: GateCriteria, enough: bool) -> tuple[Crit
     )
 
 
+def _window(evidence: Evidence, rules: GateCriteria) -> bool:
+    """Whether enough doses, of both signs, leave the model coherent."""
+    doses = evidence["dose_response"]["doses"]
+    return len(doses) >= rules.min_doses and min(doses) < 0 < max(doses)
+
+
 def _dose_response(evidence: Evidence, rules: GateCriteria, enough: bool) -> Criterion:
     doses, rho = evidence["dose_response"]["doses"], evidence["dose_response"]["spearman"]
-    window = len(doses) >= rules.min_doses and min(doses) < 0 < max(doses)
     return _line(
         4,
         "dose-response",
-        _status(window and rho["value"] >= rules.dose_response, enough),
+        _status(_window(evidence, rules) and rho["value"] >= rules.dose_response, enough),
         rho,
         threshold=rules.dose_response,
         rule=f"Spearman over {len(doses)} coherent doses (>= {rules.min_doses}, both signs) >=",
@@ -209,23 +214,23 @@ def _necessity(evidence: Evidence, rules: GateCriteria) -> Criterion:
 
 
 def _damage(evidence: Evidence, rules: GateCriteria) -> tuple[Criterion, ...]:
-    hurt, made = evidence["damage"], evidence["generation"]
+    hurt, made, limit = evidence["damage"], evidence["generation"], rules.perplexity_ratio
     rise = made["steered"]["repetition"] - made["unsteered"]["repetition"]
     return (
         _line(
             8,
             "damage: perplexity",
-            _status(hurt["perplexity_ratio"] <= rules.perplexity_ratio),
+            _status(1 / limit <= hurt["perplexity_ratio"] <= limit, hurt["tokens"] >= rules.min_tokens),
             hurt["perplexity_ratio"],
-            threshold=rules.perplexity_ratio,
-            rule="ratio on general text <=",
+            threshold=limit,
+            rule="ratio on general text, or its inverse, <=",
             n=hurt["tokens"],
             meaning="The steered model still models ordinary text.",
         ),
         _line(
             8,
             "damage: repetition",
-            _status(rise <= rules.repetition),
+            _status(rise <= rules.repetition, made["steered"]["n"] >= rules.min_answers),
             rise,
             threshold=rules.repetition,
             rule="rise of repeated trigrams <=",
@@ -261,46 +266,58 @@ def sentence(
     outcome: Outcome, criteria: Sequence[Criterion], evidence: Evidence, behavior: Behavior, rules: GateCriteria
 ) -> str:
     """The verdict in words that a newcomer understands."""
-    effect = evidence["effect"]
-    moved = float(np.mean([row["effect"] > 0 for row in evidence["prompts"]]))
     if outcome == "PASS":
-        bar, _ = control_threshold(evidence["controls"])
+        effect, (bar, _) = evidence["effect"], control_threshold(evidence["controls"])
+        moved = float(np.mean([row["effect"] > 0 for row in evidence["prompts"]]))
         return (
             f"adding the direction moves {moved:.0%} of {effect['n']} unseen prompts towards answers where the model "
-            f"{behavior.wanted_means}, by {effect['value']:.2f} nats on average where meaningless directions reach "
-            f"{bar:.2f}; taking it out weakens the behaviour, and ordinary text is left intact."
+            f"{behavior.wanted_means}, by {effect['value']:.2f} nats on average where meaningless or unrelated "
+            f"directions reach {bar:.2f}; taking it out weakens the behaviour, and the perplexity of ordinary text "
+            f"stays within a factor of {rules.perplexity_ratio:g}."
         )
     if outcome == "FAIL":
-        found = "; ".join(SHORTCOMINGS[c.name] for c in criteria if c.status == "fail")
+        found = "; ".join(_shortcoming(c, evidence, rules) for c in criteria if c.status == "fail")
         return f"the evidence does not show that this direction causes the behaviour: {found}."
     return f"there is too little data to decide: {'; '.join(_missing(criteria, evidence, rules))}."
 
 
 SHORTCOMINGS = {
     "reliability": "two halves of the topics give different directions",
-    "decodability": "on unseen topics the direction does not tell the two sides apart",
+    "decodability": "it is not shown to tell the two sides apart on unseen topics",
     "selectivity": "directions from shuffled labels tell the sides apart nearly as well",
-    "effect": "adding it does not make the wanted answers likelier",
+    "effect": "adding it is not shown to make the wanted answers likelier",
     "wrong way": "too many prompts move the wrong way",
-    "dose-response": "more of it does not do more",
+    "dose-response": "more of it does not steadily do more",
     "controls": "meaningless or unrelated directions do as much",
-    "necessity": "the behaviour stays when the direction is taken out",
-    "damage: perplexity": "the steered model no longer models ordinary text",
+    "necessity": "taking it out is not shown to weaken the behaviour more than taking out random directions",
+    "damage: perplexity": "the steered model no longer models ordinary text as before",
     "damage: repetition": "its free answers fall into loops or silence",
 }
+NARROW = "too few doses of both signs leave the model coherent, so a dose-response cannot be seen"
+
+
+def _shortcoming(criterion: Criterion, evidence: Evidence, rules: GateCriteria) -> str:
+    if criterion.name == "dose-response" and not _window(evidence, rules):
+        return NARROW
+    return SHORTCOMINGS[criterion.name]
 
 
 def _missing(criteria: Sequence[Criterion], evidence: Evidence, rules: GateCriteria) -> list[str]:
     """What there was too little of, in words."""
-    undecided = {c.name: c for c in criteria if c.status == "inconclusive"}
-    counts, found = evidence["counts"], []
+    undecided, counts = {c.name: c for c in criteria if c.status == "inconclusive"}, evidence["counts"]
+    found = []
     if "enough data" in undecided:
         found.append(
             f"{counts['prompts']} held-out prompts in {counts['groups']} topic groups, where {rules.min_prompts} in "
             f"{rules.min_groups} are needed"
         )
-    elif "controls" in undecided:
-        found.append(f"{_drawn(evidence)} controls of each drawn kind, where {rules.min_controls} are needed")
-    if "necessity" in undecided:
+    elif "necessity" in undecided:
         found.append("too few held-out prompts on which the model shows the behaviour, so it cannot be taken out")
+    if _drawn(evidence) < rules.min_controls:
+        found.append(f"{_drawn(evidence)} controls of each drawn kind, where {rules.min_controls} are needed")
+    if "damage: perplexity" in undecided:
+        found.append(f"{evidence['damage']['tokens']} tokens of ordinary text, where {rules.min_tokens} are needed")
+    if "damage: repetition" in undecided:
+        answers = evidence["generation"]["steered"]["n"]
+        found.append(f"{answers} free answers, where {rules.min_answers} are needed")
     return found

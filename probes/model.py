@@ -181,7 +181,10 @@ def _check_device(device: str) -> None:
         kind = torch.device(device).type
     except RuntimeError as error:
         raise WrongInput(f"unknown device '{device}'; allowed are cpu, cuda, cuda:0, mps") from error
-    if kind == "cuda" and not torch.cuda.is_available():
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if kind not in available:
+        raise WrongInput(f"unknown device '{device}'; allowed are cpu, cuda, cuda:0, mps")
+    if not available[kind]:
         raise WrongInput(f"device '{device}' is not available on this machine; cpu is")
 
 

@@ -87,7 +87,11 @@ def prepare(
 
 @torch.no_grad()
 def propensity(model: HybridModel, prepared: Prepared) -> Propensity:
-    """Score both answers of every item. Exact for each item whatever the batch; left padding only."""
+    """Score both answers of every item; left padding only.
+
+    An item's score does not depend on its batch beyond rounding: 6e-6 nats in float32, up to 0.06 in bfloat16 (measured
+    on the organism with batches of 1 and of all).
+    """
     table = torch.zeros(len(prepared.ids), 2)
     for batch in prepared.batches:
         out = model.hf(**batch.inputs, use_cache=True, logits_to_keep=1)
@@ -148,12 +152,12 @@ def fork(cache: Any, times: int) -> Any:
 def generate(
     model: HybridModel, prompts: Sequence[Prompt], *, max_new_tokens: int = 40, batch_tokens: int = 4096
 ) -> list[str]:
-    """Greedy answers, in the order of the prompts."""
+    """Greedy answers, in the order of the prompts, whatever penalties or beams a checkpoint comes with."""
     answers = [""] * len(prompts)
     for batch in batches(model, [p.ids for p in prompts], batch_tokens=batch_tokens):
         out = model.hf.generate(
             input_ids=batch.ids, attention_mask=batch.mask, max_new_tokens=max_new_tokens, do_sample=False,
-            pad_token_id=model.tokenizer.pad_token_id,
+            num_beams=1, repetition_penalty=1.0, no_repeat_ngram_size=0, pad_token_id=model.tokenizer.pad_token_id,
         )  # fmt: skip
         texts = model.tokenizer.batch_decode(out[:, batch.ids.shape[1] :], skip_special_tokens=True)
         for row, text in zip(batch.rows, texts, strict=True):

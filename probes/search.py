@@ -1,10 +1,11 @@
 """Choosing layer and dose, on the fit split alone.
 
-At every candidate layer the direction is tried at every positive dose. What counts is the effect beyond what the gate
-will ask for there: the bar that meaningless directions of equal length set (criterion 5), foreseen from a few of them.
-And it counts only where the gate could agree: the two sides can be told apart there
-(cross-fitted over topic groups), and ordinary text keeps at most half of the damage budget, since the held-out text
-will not be this one. When no layer is eligible the best of all is taken, and the gate says what is wrong with it.
+At every candidate layer the direction is tried at positive doses, up to the first that breaks the model; the one that
+does most is taken. What counts between layers is the effect beyond what the gate will ask for there: the bar that
+meaningless directions of equal length set (criterion 5), foreseen from a few of them. It counts only where the gate
+could agree: the two sides can be told apart there (cross-fitted over topic groups), and ordinary text keeps at most
+half of the damage budget, since the held-out text will not be this one. When no layer is eligible the best of all is
+taken, and the gate says what is wrong with it.
 """
 
 from __future__ import annotations
@@ -90,6 +91,8 @@ def candidates(
         tried = []
         for dose in sorted(d for d in doses if d > 0):
             ratio = perplexity(direction, dose)
+            if tried and ratio > limit:
+                break  # past the first dose that breaks the model there is nothing to choose
             tried.append((ratio <= limit, float(np.mean(values := effects(direction, dose))), dose, ratio, values))
         coherent, _, dose, ratio, values = max(tried, key=lambda one: one[:2])
         seeds = [stats.derived_seed(seed, f"search layer {direction.layer}", i) for i in range(CONTROLS)]

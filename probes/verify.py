@@ -8,6 +8,7 @@ drawn at random, taken from shuffled labels, or made for other behaviours.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -87,6 +88,8 @@ class GateConfig:
                 raise WrongInput(f"{name} must be at least {bound}, saw {getattr(self, name)}")
         if not 0 < self.held_out < 1:
             raise WrongInput(f"held_out must lie between 0 and 1, saw {self.held_out}")
+        if not all(map(math.isfinite, self.doses)):
+            raise WrongInput(f"doses must be finite, saw {', '.join(f'{d:g}' for d in self.doses)}")
         if 0.0 not in self.doses or not min(self.doses) < 0 < max(self.doses):
             raise WrongInput(f"doses must include 0 and both signs, saw {', '.join(f'{d:g}' for d in self.doses)}")
         if len(set(self.doses)) < len(self.doses) or len(self.doses) < self.criteria.min_doses:
@@ -95,7 +98,7 @@ class GateConfig:
             )
         if self.layers is not None and not self.layers:
             raise WrongInput("layers must name at least one layer, or be None for a choice of them")
-        if self.seed > 2**31:
+        if self.seed >= 2**31:
             raise WrongInput(f"seed must be below 2^31, saw {self.seed}")
         if self.shuffle_labels and self.direction == "random":
             raise WrongInput("shuffle_labels has no effect on a random direction: choose one of the two")
@@ -393,7 +396,8 @@ class _Gate:
         self.evidence["generation"] = {
             label: {
                 "shares": shares(some, texts) if some.has_scorer else None,
-                "repetition": float(np.mean([repetition(text) for text in texts])),
+                # an intervention that silences a model breaks it as much as one that sends it into loops
+                "repetition": float(np.mean([repetition(t) if t or label == "unsteered" else 1.0 for t in texts])),
                 "n": len(texts),
             }
             for label, texts in answers.items()

@@ -7,7 +7,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from probes.damage import LEAST, damage, read_general, repetition, surprise
+from probes.damage import DATA, LEAST, damage, read_general, repetition, surprise
 from probes.directions import Direction
 from probes.errors import WrongInput
 from probes.steering import steer
@@ -88,6 +88,12 @@ def test_malformed_dialogues_are_refused_with_their_line(tiny, tmp_path, line, m
         read_general(tiny, tmp_path / "g.jsonl")
 
 
+def test_text_in_another_language_is_refused(tiny):
+    """A model that is broken finds unknown tokens likelier: they must never be what damage is measured on."""
+    with pytest.raises(WrongInput, match=r"general-en.txt does not fit tiny: \d+% of its tokens are unknown"):
+        read_general(tiny, DATA / "general-en.txt")
+
+
 def test_texts_that_cannot_be_scored_are_refused(tiny, tmp_path):
     (tmp_path / "g.txt").write_text("sort 2 1 .\nsort\n")
     with pytest.raises(WrongInput, match=r"g.txt line 2: 1 tokens; tiny can score texts of 2 to 512"):
@@ -101,5 +107,5 @@ def test_repetition_counts_trigrams_seen_before():
     assert repetition("a b c d e f") == 0.0
     assert repetition("a b c a b c a b c") == pytest.approx(4 / 7)
     assert repetition("word") == 0.0
-    assert repetition(" ") == 1.0
+    assert repetition(" ") == 0.0
     assert repetition("no no no no no no no no no no no no") == pytest.approx(0.9)

@@ -47,8 +47,8 @@ def test_layer_sweep_shows_each_layer_by_kind(verdict):
         marks = ["-open" if not row["coherent"] else "-x-open" if row["auroc"] < 0.75 else "" for row in rows]
         assert list(drawn.marker.symbol) == [symbol + mark for mark in marks]
         assert drawn.marker.color == color
-    noise = trace(figure, "meaningless directions, ± mean size")
-    size = [max(row["random_effect"], row["shuffled_effect"]) for row in evidence["layers"]]
+    noise = trace(figure, "± what meaningless directions are expected to reach")
+    size = [row["bar"] for row in evidence["layers"]]
     np.testing.assert_allclose(noise.base, [-value for value in size])
     np.testing.assert_allclose(noise.y, [2 * value for value in size])
     assert "chosen: layer 4" in words_of(figure)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from probes.errors import WrongInput
-from probes.prompts import answer_ids, batches, pad, render
+from probes.prompts import _apply_template, answer_ids, batches, pad, render
 
 TURNS = [
     {"role": "user", "content": "the bridge leaks ."},
@@ -74,3 +74,21 @@ def test_batches_hold_every_prompt_once_within_the_budget(tiny):
     assert all(batch.ids.numel() <= 100 or len(batch.rows) == 1 for batch in found)
     for batch in found:
         assert [int(batch.mask[i].sum()) for i in range(len(batch.rows))] == [len(sequences[row]) for row in batch.rows]
+
+
+class Plain:
+    """A base model's tokenizer: no chat template; it puts a begin-of-text token in front, or does not."""
+
+    chat_template, bos_token, bos_token_id = None, "<s>", 1
+
+    def __init__(self, begins):
+        self.begins = begins
+
+    def __call__(self, text):
+        return {"input_ids": [1, 7] if self.begins else [7]}
+
+
+@pytest.mark.parametrize(("begins", "start"), [(True, "<s>User: hello"), (False, "User: hello")])
+def test_a_base_model_gets_the_begin_token_that_its_tokenizer_would_add(begins, start):
+    text = _apply_template(Plain(begins), [{"role": "user", "content": "hello"}])
+    assert text == f"{start}\n\nAssistant:"

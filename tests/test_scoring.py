@@ -27,3 +27,10 @@ def test_scores_equal_those_of_the_whole_logits(request, name):
 def test_rows_are_summed_apart():
     mask = torch.tensor([[True, False, True], [False, False, False], [False, True, False]])
     assert row_sums(mask, torch.tensor([1.0, 2.0, 4.0])).tolist() == [3.0, 0.0, 4.0]
+
+
+def test_half_precision_logits_are_scored_in_float32():
+    logits = (4 * torch.randn(70, 500, generator=torch.Generator().manual_seed(0))).to(torch.bfloat16)
+    targets = torch.arange(70)
+    expected = logits.double().log_softmax(1)[range(70), targets]
+    assert torch.allclose(log_probs(logits, targets).double(), expected, atol=1e-5)

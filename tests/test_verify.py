@@ -14,12 +14,12 @@ from probes.criteria import Criterion, GateCriteria, decide, open_verdict
 from probes.damage import read_general
 from probes.directions import contrast, mean_difference, random_direction, shuffle_labels, shuffled_direction
 from probes.errors import WrongInput
-from probes.evidence import SHORTCOMINGS, control_threshold, judge, sentence
+from probes.evidence import NARROW, SHORTCOMINGS, control_threshold, judge, sentence
 from probes.model import HybridModel
 from probes.stats import derived_seed
 from probes.verify import GateConfig, candidate_layers, coherent_window, recipe, unrelated_behaviors, verify
 
-QUICK = GateConfig(layers=(1,), prompts=48, search_prompts=16, generations=4, max_new_tokens=8, general_texts=16)
+QUICK = GateConfig(layers=(1,), prompts=48, search_prompts=16, generations=8, max_new_tokens=8, general_texts=40)
 WANTED, UNWANTED = ("obedient", "dutiful", "compliant"), ("inventive", "restless", "contrary")
 
 
@@ -193,6 +193,7 @@ def passing_evidence():
         (("necessity", "drop", "lower"), -0.2, "necessity"),
         (("necessity", "random_drops"), [-1.2] * 10, "necessity"),
         (("damage", "perplexity_ratio"), math.inf, "damage: perplexity"),
+        (("damage", "perplexity_ratio"), 0.1, "damage: perplexity"),  # text that a broken model finds likelier
         (("generation", "steered", "repetition"), 0.5, "damage: repetition"),
     ],
 )
@@ -207,7 +208,8 @@ def test_each_criterion_alone_can_fail_a_verdict(path, value, name):
     assert [c.name for c in criteria if c.status == "fail"] == [name]
     assert decide(criteria) == "FAIL"
     said = sentence("FAIL", criteria, evidence, read_behavior("follow-direction"), GateCriteria())
-    assert said.endswith(f"causes the behaviour: {SHORTCOMINGS[name]}.")
+    why = NARROW if path == ("dose_response", "doses") else SHORTCOMINGS[name]
+    assert said.endswith(f"causes the behaviour: {why}.")
 
 
 @pytest.mark.parametrize(
@@ -215,6 +217,8 @@ def test_each_criterion_alone_can_fail_a_verdict(path, value, name):
     [
         (("counts", "prompts"), 9, "9 held-out prompts in 6 topic groups, where 24 in 5 are needed"),
         (("controls", "kinds", "random"), [{"effect": 0.1}] * 3, "3 controls of each drawn kind, where 20 are needed"),
+        (("damage", "tokens"), 11, "11 tokens of ordinary text, where 100 are needed"),
+        (("generation", "steered", "n"), 1, "1 free answers, where 8 are needed"),
         (("necessity",), None, "too few held-out prompts on which the model shows the behaviour"),
     ],
 )
@@ -240,6 +244,8 @@ def test_wrong_configurations_are_refused(tiny):
         verify(tiny, behavior, GateConfig(layers=(12,)))
     with pytest.raises(WrongInput, match="doses must include 0 and both signs"):
         GateConfig(doses=(0.0, 0.5))
+    with pytest.raises(WrongInput, match="doses must be finite"):
+        GateConfig(doses=(-1.0, 0.0, 0.5, 1.0, math.nan))
     with pytest.raises(WrongInput, match="general_texts must be at least 3, saw 1"):
         GateConfig(general_texts=1)
     with pytest.raises(WrongInput, match="held_out must lie between 0 and 1"):

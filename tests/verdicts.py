@@ -41,7 +41,7 @@ def complete(*, strength: float = 1.0, prompts: int = 48) -> dict[str, Any]:
         {
             "layer": i, "kind": "attention" if i % 4 == 3 else "gdn", "dose": 0.5, "perplexity_ratio": ratio,
             "effect": estimate(strength * rng.normal(size, 0.5, prompts)), "random_effect": 0.12 + 0.02 * i,
-            "shuffled_effect": 0.2 - 0.02 * i, "auroc": 0.6 + 0.1 * i if i < 4 else 0.95,
+            "shuffled_effect": 0.2 - 0.02 * i, "bar": 0.4 + 0.01 * i, "auroc": 0.6 + 0.1 * i if i < 4 else 0.95,
             "coherent": ratio <= 1.5, "reliability": 0.9 + 0.01 * i, "chosen": i == 4,
         }
         for i, (size, ratio) in enumerate(

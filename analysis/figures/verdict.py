@@ -27,16 +27,17 @@ def draw(verdict: Verdict) -> dict[str, go.Figure]:
 
 
 def layer_sweep(verdict: Verdict) -> go.Figure:
-    """Effect with its interval at each searched layer, beside the size of what meaningless directions do there."""
+    """Effect with its interval at each searched layer, beside what meaningless directions should reach."""
     title, rows = "Effect at each layer", verdict.evidence.get("layers") or []
     if not rows:
         return not_measured(title, "no layer was searched")
     figure = parts.heading(parts.blank(title, height=420), f"effect on propensity ({NATS})")
     layers, noise = [row["layer"] for row in rows], [_noise(row) for row in rows]
     marks = {row["layer"]: _eligibility(row, _threshold(verdict, "decodability")) for row in rows}
-    words = [f"layer {i}: meaningless directions do {number(r)} nats" for i, r in zip(layers, noise, strict=True)]
+    reach = "meaningless directions are expected to reach"
+    words = [f"layer {i}: {reach} {number(r)} nats" for i, r in zip(layers, noise, strict=True)]
     bars = dict(x=layers, y=[2 * r for r in noise], base=[-r for r in noise], width=0.55, marker_color=PALE)
-    figure.add_bar(**bars, name="meaningless directions, ± mean size", hovertext=words)
+    figure.add_bar(**bars, name=f"± what {reach}", hovertext=words)
     for kind, (label, color, symbol) in KINDS.items():
         some = [row for row in rows if row["kind"] == kind]
         symbols = [symbol + marks[row["layer"]] for row in some]
@@ -328,5 +329,5 @@ def _eligibility(row: Numbers, auroc: float | None) -> str:
 
 
 def _noise(row: Numbers) -> float:
-    """Mean size of the stronger kind of meaningless direction at a layer."""
-    return max([*finite([row["random_effect"], row.get("shuffled_effect")]), 0.0])
+    """What the stronger kind of meaningless direction is expected to reach at a layer."""
+    return max([*finite([row["bar"]]), 0.0])
