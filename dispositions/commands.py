@@ -114,7 +114,7 @@ class Capture:
 class Behaviors:
     """List the shipped behaviours, or show one: what it contrasts and a few of its items."""
 
-    behavior: Annotated[Positional[str | None], tyro.conf.arg(metavar="BEHAVIOR")] = None
+    behavior: Annotated[Positional[str | None], tyro.conf.arg(metavar="[BEHAVIOR]")] = None
     """A shipped behaviour or a JSONL file to show."""
 
     def run(self) -> int:

@@ -268,12 +268,13 @@ def sentence(
     """The verdict in words that a newcomer understands."""
     if outcome == "PASS":
         effect, (bar, _) = evidence["effect"], control_threshold(evidence["controls"])
-        moved = float(np.mean([row["effect"] > 0 for row in evidence["prompts"]]))
+        moved, damage = float(np.mean([row["effect"] > 0 for row in evidence["prompts"]])), evidence["damage"]
         return (
-            f"adding the direction moves {moved:.0%} of {effect['n']} unseen prompts towards answers where the model "
-            f"{behavior.wanted_means}, by {effect['value']:.2f} nats on average where meaningless or unrelated "
-            f"directions reach {bar:.2f}; taking it out weakens the behaviour, and the perplexity of ordinary text "
-            f"stays within a factor of {rules.perplexity_ratio:g}."
+            f"adding the direction makes the wanted answer, where the model {behavior.wanted_means}, likelier on "
+            f"{moved:.0%} of {effect['n']} unseen prompts, by {effect['value']:.2f} nats on average; "
+            f"{rules.control_percentile:g}% of meaningless or unrelated directions of equal length stay below "
+            f"{bar:.2f}; taking it out weakens the behaviour; the perplexity of ordinary text changes by a factor of "
+            f"{damage['perplexity_ratio']:.2f} (limit {rules.perplexity_ratio:g})."
         )
     if outcome == "FAIL":
         found = "; ".join(_shortcoming(c, evidence, rules) for c in criteria if c.status == "fail")
