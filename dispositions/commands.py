@@ -176,10 +176,7 @@ def _claim(out: Path, asked: dict) -> bool:
             raise WrongInput(f"'{out}' holds another recipe ({difference}); choose another --out or remove it")
         if not difference:
             return True
-    try:
-        write_json(out / RECIPE, asked)
-    except OSError as error:
-        raise WrongInput(f"cannot write to '{out}': {error.strerror}") from error
+    write_json(out / RECIPE, asked)
     return False
 
 

@@ -158,6 +158,11 @@ class Verdict:
         return f"{self.verdict} {self.behavior} on {self.model} at {where}: {self.sentence}"
 
 
+def intact(perplexity_ratio: float, limit: float) -> bool:
+    """Whether a model still models ordinary text: a broken one may find it less likely, or suspiciously likelier."""
+    return 1 / limit <= perplexity_ratio <= limit
+
+
 def decide(criteria: Sequence[Criterion]) -> Outcome:
     """The verdict that the criteria add up to; number 0 says whether there was enough data to look at the others."""
     statuses = {c.status for c in criteria}

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from probes.behaviors import Behavior
-from probes.criteria import Criterion, GateCriteria, Outcome, Status
+from probes.criteria import Criterion, GateCriteria, Outcome, Status, intact
 
 Evidence = Mapping[str, Any]
 
@@ -220,7 +220,7 @@ def _damage(evidence: Evidence, rules: GateCriteria) -> tuple[Criterion, ...]:
         _line(
             8,
             "damage: perplexity",
-            _status(1 / limit <= hurt["perplexity_ratio"] <= limit, hurt["tokens"] >= rules.min_tokens),
+            _status(intact(hurt["perplexity_ratio"], limit), hurt["tokens"] >= rules.min_tokens),
             hurt["perplexity_ratio"],
             threshold=limit,
             rule="ratio on general text, or its inverse, <=",

@@ -19,7 +19,7 @@ import numpy as np
 from scipy.stats import halfnorm
 
 from probes import stats
-from probes.criteria import GateCriteria
+from probes.criteria import GateCriteria, intact
 from probes.directions import Direction, Pairs, random_direction, shuffled_direction
 from probes.stats import Estimate
 
@@ -90,10 +90,10 @@ def candidates(
         direction = extract(both)
         tried = []
         for dose in sorted(d for d in doses if d > 0):
-            ratio = perplexity(direction, dose)
-            if tried and ratio > limit:
+            kept = intact(ratio := perplexity(direction, dose), limit)
+            if tried and not kept:
                 break  # past the first dose that breaks the model there is nothing to choose
-            tried.append((ratio <= limit, float(np.mean(values := effects(direction, dose))), dose, ratio, values))
+            tried.append((kept, float(np.mean(values := effects(direction, dose))), dose, ratio, values))
         coherent, _, dose, ratio, values = max(tried, key=lambda one: one[:2])
         seeds = [stats.derived_seed(seed, f"search layer {direction.layer}", i) for i in range(CONTROLS)]
         drawn = [random_direction(direction, seed=s) for s in seeds]

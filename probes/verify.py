@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from probes import stats
 from probes.behaviors import Behavior, check_vocabulary, knows_words, read_behavior, shipped_behaviors
-from probes.criteria import GateCriteria, Verdict, decide
+from probes.criteria import GateCriteria, Verdict, decide, intact
 from probes.damage import General, damage, perplexity_ratio, read_general, repetition, surprise
 from probes.directions import (
     Direction,
@@ -450,12 +450,12 @@ def unrelated_behaviors(model: HybridModel, behavior: Behavior) -> list[Behavior
 
 
 def coherent_window(rows: Sequence[dict[str, Any]], limit: float) -> set[float]:
-    """The doses around 0 that keep perplexity within `limit`, up to the first on each side that does not."""
+    """The doses around 0 that leave ordinary text intact, up to the first on each side that does not."""
     inside = {0.0}
     for sign in (1, -1):
         side = sorted((row for row in rows if row["dose"] * sign > 0), key=lambda row: abs(row["dose"]))
         for row in side:
-            if row["perplexity_ratio"] > limit:
+            if not intact(row["perplexity_ratio"], limit):
                 break
             inside.add(row["dose"])
     return inside

@@ -109,6 +109,7 @@ def files(tmp_path) -> Path:
             "does not exist at layer 3 (attention)",
         ),
         (["capture", "sentiment", "--out", "{}/plain.txt/x"], "Not a directory"),
+        (["verify", "sentiment", "--out", "{}/plain.txt/x"], "Not a directory"),
         (["capture", "sentiment", "--positions", "first", "--out", "{}/c"], "first"),
         (["capture", "sentiment", "--persona", "kind", "--out", "{}/c"], "unknown persona 'kind'; allowed are"),
         (["behaviors", "kindness"], "unknown behaviour 'kindness'"),

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from verdicts import DOSES, NAMES, numbers, sample
+from test_verdicts import DOSES, NAMES, numbers, sample
 
 from analysis import figures
 from analysis.words import number

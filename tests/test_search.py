@@ -50,6 +50,8 @@ def test_the_strongest_coherent_dose_wins_at_a_layer():
     assert found.dose == 0.5  # at 1.0 perplexity is 1.3 times as high, over half of the budget (in logarithms)
     assert found.effect.value == pytest.approx(1.0, rel=0.1)
     assert found.coherent
+    worse = run({0: pairs(0, 6.0)}, gain={0: 2.0}, harm={0: -0.9})[0]  # text far likelier than before is no better sign
+    assert not worse.coherent
     assert found.random_effect < 0.6
     assert found.shuffled_effect < 0.2
 

@@ -144,6 +144,8 @@ def test_the_coherent_window_ends_at_the_first_break():
         for d, r in ((-1, 1.2), (-0.5, 9.0), (0, 1.0), (0.5, 1.4), (1, 2.0), (2, 1.0))
     ]
     assert coherent_window(rows, 1.5) == {0.0, 0.5}
+    rows[3]["perplexity_ratio"] = 0.2
+    assert coherent_window(rows, 1.5) == {0.0}
 
 
 def test_decide_never_passes_a_failure_or_an_open_question():

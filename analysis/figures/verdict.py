@@ -133,7 +133,7 @@ def controls(verdict: Verdict) -> go.Figure:
             lines(
                 f"<b>{safe(kind)}</b> {safe(row.get('name', ''))}",
                 f"{number(row['effect'])} nats",
-                f"cosine with this direction {number(row['cosine'])}" if "cosine" in row else "",
+                f"cosine with this direction {number(row['cosine'])}",
             )
             for row in rows
         ]
@@ -272,7 +272,7 @@ def damage(verdict: Verdict) -> go.Figure:
         beyond = not value <= high  # off the scale, infinite, or null in a verdict that was read back
         x, said = (high, ratio(seen)) if beyond else (value, number(value))
         side = "left" if x > (low + high) / 2 else "right"
-        color = TARGET if value <= (math.inf if limit is None else limit) and math.isfinite(value) else WRONG
+        color = WRONG if _failed(verdict, name) else TARGET
         figure.add_scatter(
             x=[intact, x], y=[0, 0], mode="lines", line=dict(color=color, width=3), hoverinfo="skip", row=panel, col=1
         )
@@ -314,6 +314,10 @@ def _ratio_panel(figure: go.Figure, rows: Sequence[Numbers], marker: Numbers, li
     )
     if limit is not None:
         parts.line(figure, "y", limit, panel=2)
+
+
+def _failed(verdict: Verdict, name: str) -> bool:
+    return any(c.name == name and c.status == "fail" for c in verdict.criteria)
 
 
 def _threshold(verdict: Verdict, name: str) -> float | None:

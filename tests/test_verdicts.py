@@ -1,4 +1,7 @@
-"""Verdicts to draw and report: complete, lacking, undecided and hostile ones, made from a fixed seed."""
+"""Made-up verdicts, to draw and report: complete, lacking, undecided and hostile; and that they are like real ones.
+
+What the figures and the report are tested on has to have the form of what the gate writes, field by field.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,13 @@ from functools import cache
 from typing import Any
 
 import numpy as np
+import pytest
 
 from probes import stats
 from probes.behaviors import read_behavior
 from probes.criteria import GateCriteria, Verdict, decide
 from probes.evidence import judge, sentence
+from probes.verify import GateConfig, verify
 
 HOSTILE = "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"
 TOPICS = ("bridges", "boats", "fences", "lamps", "pipes", "towers", "walls", "wheels")
@@ -76,9 +81,12 @@ def complete(*, strength: float = 1.0, prompts: int = 48) -> dict[str, Any]:
         "effect": estimate(effects),
         "controls": {
             "kinds": {
-                "random": [{"effect": float(e), "name": ""} for e in rng.normal(0, 0.15, 20)],
-                "shuffled labels": [{"effect": float(e), "name": ""} for e in rng.normal(0, 0.3, 20)],
-                "unrelated": [{"effect": 0.31, "name": "sentiment"}, {"effect": -0.12, "name": "hedging"}],
+                "random": [{"effect": float(e), "name": "", "cosine": 0.02} for e in rng.normal(0, 0.15, 20)],
+                "shuffled labels": [{"effect": float(e), "name": "", "cosine": 0.0} for e in rng.normal(0, 0.3, 20)],
+                "unrelated": [
+                    {"effect": 0.31, "name": "sentiment", "cosine": 0.2},
+                    {"effect": -0.12, "name": "hedging", "cosine": -0.1},
+                ],
             },
             "percentile": 95.0,
         },
@@ -140,7 +148,7 @@ def verdict_of(evidence: dict[str, Any], **other: Any) -> Verdict:
         read_behavior("sentiment-en"), name=name, wanted_means=about["wanted"], unwanted_means=about["unwanted"]
     )
     criteria = judge(evidence, rules)
-    outcome = other.pop("verdict", decide(criteria))
+    outcome = decide(criteria)
     said = sentence(outcome, criteria, evidence, behavior, rules)
     found = Verdict(
         verdict=outcome, sentence=said, behavior=name, model="organism",
@@ -171,4 +179,28 @@ def sample(name: str) -> Verdict:
     if name == "hostile":
         return hostile()
     evidence = {"PASS": complete, "FAIL": lacking, "INCONCLUSIVE": lambda: complete(prompts=16)}[name]()
-    return verdict_of(evidence, **({"verdict": "FAIL"} if name == "FAIL" else {}))
+    return verdict_of(evidence)
+
+
+@pytest.mark.parametrize("name", ["PASS", "FAIL", "INCONCLUSIVE"])
+def test_samples_are_what_they_are_named_for(name):
+    assert sample(name).verdict == name
+
+
+def form(value: Any) -> Any:
+    """The fields of a value, without what they hold; a list has the form of its entries, which is one."""
+    if isinstance(value, dict):
+        return {key: form(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        forms = [form(inner) for inner in value]
+        assert all(one == forms[0] for one in forms)
+        return forms[:1]
+    return "text" if isinstance(value, str) else "value"
+
+
+def test_made_up_evidence_has_the_form_of_what_the_gate_writes(organism):
+    quick = GateConfig(
+        layers=(4,), prompts=12, search_prompts=4, controls=2, generations=2, general_texts=6, max_new_tokens=8
+    )
+    real = verify(organism, read_behavior("follow-direction"), quick, progress=False)
+    assert form(dict(real.evidence)) == form(complete())
