@@ -40,7 +40,7 @@ THRESHOLDS = {
     "dose_response": "4: least Spearman correlation of dose and mean propensity",
     "min_doses": "4: fewest coherent doses, both signs among them",
     "control_percentile": "5, 6: percentile of the controls that the direction has to exceed",
-    "perplexity_ratio": "8: largest ratio of perplexities on ordinary text",
+    "perplexity_ratio": "8: largest ratio of perplexities on ordinary text, or of its inverse",
     "repetition": "8: largest rise of the share of repeated trigrams",
     "min_prompts": "0: fewest held-out prompts to decide on",
     "min_groups": "0: fewest held-out topic groups to decide on",

@@ -64,7 +64,7 @@ def searched(row: Numbers) -> str:
         f"<b>{row['layer']}</b>",
         f"effect {estimate(row['effect'])} nats at dose {row['dose']:g}",
         f"random directions ±{number(row['random_effect'])} nats on average",
-        f"shuffled labels ±{number(row.get('shuffled_effect'))} nats on average",
-        f"AUROC {number(row.get('auroc'))}, reliability {number(row['reliability'])}",
+        f"shuffled labels ±{number(row['shuffled_effect'])} nats on average",
+        f"AUROC {number(row['auroc'])}, reliability {number(row['reliability'])}",
         f"perplexity ratio {ratio(row['perplexity_ratio'])}",
     )

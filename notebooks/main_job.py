@@ -24,8 +24,6 @@
 # The command `dispositions verify follow-direction` does the second half of it in one step.
 
 # %%
-from functools import partial
-
 import pandas as pd
 
 from analysis import figures
@@ -33,12 +31,12 @@ from analysis.report import write_report
 from probes.behaviors import read_behavior, shipped_behaviors
 from probes.capture import capture
 from probes.criteria import GateCriteria
-from probes.damage import damage, read_general
+from probes.damage import perplexity_ratio, read_general, surprise
 from probes.directions import contrast, mean_difference
 from probes.model import load
 from probes.propensity import generate, prepare, propensity
 from probes.steering import steer
-from probes.verify import GateConfig, verify
+from probes.verify import GateConfig, coherent_window, verify
 
 model = load("organism")
 print(model)
@@ -150,12 +148,14 @@ scores.groupby("group").mean(numeric_only=True).round(2)
 
 # %%
 general, limit, rows = read_general(model).take(8), GateCriteria().perplexity_ratio, []
+plain = surprise(model, general)
 for strength in (-1.0, -0.75, -0.5, -0.25, 0.0, 0.25, 0.5, 0.75, 1.0):
-    push = partial(steer, model, direction, dose=strength)
-    with push():
-        lean = propensity(model, prepared).estimate()
-    ratio = damage(model, general, push).perplexity_ratio
-    rows.append({"dose": strength, "propensity": lean.as_dict(), "perplexity_ratio": ratio, "coherent": ratio <= limit})
+    with steer(model, direction, dose=strength):
+        lean, edited = propensity(model, prepared).estimate(), surprise(model, general)
+    ratio = perplexity_ratio(general, plain, edited)
+    rows.append({"dose": strength, "propensity": lean.as_dict(), "perplexity_ratio": ratio})
+window = coherent_window(rows, limit)
+rows = [{**row, "coherent": row["dose"] in window} for row in rows]
 figures.dose_curve(rows, working=dose, limit=limit)
 
 # %% [markdown]

@@ -42,7 +42,7 @@ class GateCriteria:
     control_percentile: float = 95.0
     """5: the target effect has to lie above this percentile of every kind of control."""
     perplexity_ratio: float = 1.5
-    """8: largest ratio of perplexities on general text; doses beyond it are outside the coherent window."""
+    """8: largest ratio of perplexities on general text, or of its inverse; the coherent window of doses keeps to it."""
     repetition: float = 0.2
     """8: largest rise of the share of repeated trigrams in free generation."""
     min_prompts: int = 24

@@ -9,7 +9,6 @@ be carried over to another checkpoint. A weight conversion is never done silentl
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -210,11 +209,10 @@ def _check_folder(path: Path, name: str) -> None:
 
 
 def _is_multimodal(folder: str, options: dict[str, Any]) -> bool:
-    """Whether a local checkpoint is the multimodal wrapper (`model_type` qwen3_5 holds a vision tower)."""
-    config = Path(folder) / "config.json"
-    if "gguf_file" in options or not config.is_file():
-        return "gguf_file" not in options and AutoConfig.from_pretrained(folder).model_type == "qwen3_5"
-    return json.loads(config.read_text()).get("model_type") == "qwen3_5"
+    """Whether a checkpoint is the multimodal wrapper (`model_type` qwen3_5 holds a vision tower)."""
+    if "gguf_file" in options:
+        return False
+    return AutoConfig.from_pretrained(folder, trust_remote_code=False).model_type == "qwen3_5"
 
 
 def _decoder(hf: Any) -> Any:

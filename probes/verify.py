@@ -41,6 +41,7 @@ from probes.steering import PHASES, Phase, steer
 from probes.store import library_versions
 
 MAX_LAYERS_SEARCHED = 8
+ANSWERS = {"unsteered": 0, "steered": 1, "against": -1}  # free answers, and the sign of the dose they are given at
 DOSE_TEXTS = 12  # general texts behind each point of the dose curve; the working dose is judged on all of them
 
 
@@ -191,7 +192,9 @@ class _Gate:
                 "hash": behavior.hash,
             },
         }
-        steps = len(self.layers) + len(config.doses) + 2 * config.controls + 10
+        self.others = unrelated_behaviors(model, behavior)
+        once = len(PHASES) + len(ANSWERS) + 1  # and necessity
+        steps = len(self.layers) + len(config.doses) + 2 * config.controls + len(self.others) + once
         self.bar = tqdm(total=steps, desc=f"verify {behavior.name}", disable=not progress, leave=False)
 
     # -- on the fit split ----------------------------------------------------------------------------------------------
@@ -249,6 +252,7 @@ class _Gate:
         self.measure_controls(prepared, base)
         self.measure_phases(prepared, base)
         self.measure_necessity(base)
+        self.bar.update()
         self.evidence["damage"] = asdict(damage(self.model, self.general, self.on_text(self.direction, self.dose)))
         self.measure_generation()
         self.evidence["baseline"]["propensity"] = base.estimate(seed=seed).as_dict()
@@ -319,7 +323,7 @@ class _Gate:
 
     def unrelated(self) -> list[Direction]:
         found = []
-        for other in unrelated_behaviors(self.model, self.behavior):
+        for other in self.others:
             some = other.take(48, seed=self.config.seed)
             pairs = contrast(self.model, some, layers=[self.direction.layer], progress=False)[self.direction.layer]
             found.append(mean_difference(pairs))
@@ -375,7 +379,6 @@ class _Gate:
                 "unwanted": other.estimate(seed=seed).as_dict(),
                 "gain": stats.mean(before.minus(base), base.groups, seed=seed).as_dict(),
             }
-        self.bar.update()
 
     def centred(self, control: Direction) -> Direction:
         """Give a drawn vector the midpoint that the data have along it, so that ablating it is a fair control."""
@@ -388,9 +391,9 @@ class _Gate:
         some = self.judged.take(self.config.generations, seed=self.config.seed)
         prompts = [item.prompt(self.model) for item in some.items]
         answers: dict[str, list[str]] = {}
-        for label, dose in (("unsteered", 0.0), ("steered", self.dose), ("against", -self.dose)):
+        for label, sign in ANSWERS.items():
             self.bar.set_postfix_str(f"generating: {label}")
-            with steer(self.model, self.direction, dose=dose, phase=self.config.phase):
+            with steer(self.model, self.direction, dose=sign * self.dose, phase=self.config.phase):
                 answers[label] = generate(self.model, prompts, max_new_tokens=self.config.max_new_tokens)
             self.bar.update()
         self.evidence["generation"] = {

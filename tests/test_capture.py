@@ -16,7 +16,7 @@ from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration
 from probes import capture as capture_module
 from probes.capture import POSITIONS, capture
 from probes.errors import WrongInput
-from probes.model import HybridModel
+from probes.model import HybridModel, load
 from probes.prompts import SPANS, Prompt, pad
 from probes.sites import SITES, resolve
 
@@ -297,12 +297,15 @@ def test_attention_only(llama, prompts):
         capture(llama, prompts, sites=("gdn.state",), progress=False)
 
 
-def test_the_multimodal_class_gives_what_its_language_model_gives(tokenizer, tiny, prompts):
+def test_a_multimodal_checkpoint_gives_what_its_language_model_gives(tokenizer, tiny, prompts, tmp_path):
     vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 64}
     config = Qwen3_5Config(text_config=qwen_config(tokenizer).to_dict(), vision_config=vision)
     hf: Any = wake(Qwen3_5ForConditionalGeneration(config))
     hf.model.language_model.load_state_dict(tiny.hf.model.state_dict())
-    model = HybridModel(hf, tokenizer, name="multimodal")
+    hf.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    model = load(tmp_path)
+    assert type(model.hf) is Qwen3_5ForConditionalGeneration
     expected = capture(tiny, prompts, sites=EVERY, progress=False)
     assert_same(capture(model, prompts, sites=EVERY, progress=False), expected, tolerance=1e-6)
 

@@ -1,6 +1,7 @@
 """The command line from outside: exit codes, one clear line for wrong input, and what is left on disk."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -152,6 +153,16 @@ def test_a_crash_does_not_look_like_a_verdict(capsys, monkeypatch):
     code, _, err = run(capsys, "behaviors")
     assert code == 70
     assert "ZeroDivisionError" in err
+
+
+def test_a_reader_that_stops_listening_is_no_error():
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-m", "dispositions", "behaviors"], stdout=writer, stderr=subprocess.PIPE, check=False
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, b"")
 
 
 def test_help_teaches_without_loading_a_model():

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_verdicts import DOSES, NAMES, numbers, sample
+from test_verdicts import DOSES, NAMES, complete, numbers, sample, verdict_of
 
 from analysis import figures
 from analysis.words import number
@@ -75,7 +75,7 @@ def test_dose_response_shows_curve_window_and_clipped_perplexity(verdict):
         (0.5, "y domain"),
         (0.5, "y2 domain"),
     }
-    assert [(shape.y0, shape.yref) for shape in lines if shape.y0 == shape.y1] == [(1.5, "y2")]
+    assert [(shape.y0, shape.yref) for shape in lines if shape.y0 == shape.y1] == [(1 / 1.5, "y2"), (1.5, "y2")]
     low, high = figure.layout.yaxis2.range
     assert low < 0 < math.log10(figures.CLIP) < high
     assert figure.layout.yaxis.range[0] < 0 < figure.layout.yaxis.range[1]
@@ -169,7 +169,16 @@ def test_damage_shows_three_measures_against_their_limits():
     assert {name: drawn.x[0] for name, drawn in shown.items()} == {"perplexity": 1.17, "KL": 0.084, "repetition": 0.02}
     assert {drawn.marker.color for drawn in shown.values()} == {figures.TARGET}
     limits = [(s.x0, s.xref) for s in figure.layout.shapes if s.line.dash == "dash"]
-    assert limits == [(1.5, "x"), (0.2, "x3")]
+    assert limits == [(1 / 1.5, "x"), (1.5, "x"), (0.2, "x3")]
+
+
+def test_text_that_became_far_likelier_is_drawn_as_damage():
+    evidence = complete()
+    evidence["damage"]["perplexity_ratio"] = 0.1
+    figure: Any = figures.damage(verdict_of(evidence))
+    drawn = trace(figure, "damage: perplexity")
+    assert (drawn.x[0], drawn.marker.color) == (0.1, figures.WRONG)
+    assert figure.layout.xaxis.range[0] < 0.1
 
 
 def test_damage_beyond_the_scale_is_clipped_with_a_mark():

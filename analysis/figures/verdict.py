@@ -75,7 +75,7 @@ def dose_curve(rows: Sequence[Numbers], *, working: float | None = None, limit: 
         rows: one mapping for each dose: `dose`, `propensity` (an `Estimate` as a dict) and, where measured,
             `perplexity_ratio` and `coherent`.
         working: the dose to mark.
-        limit: the largest coherent perplexity ratio.
+        limit: the largest coherent perplexity ratio; its inverse is the smallest.
     """
     title, rows = "Dose and response", sorted(rows, key=lambda row: row["dose"])
     if not rows:
@@ -131,7 +131,7 @@ def controls(verdict: Verdict) -> go.Figure:
     for y, (kind, rows) in enumerate(kinds.items(), 1):
         words = [
             lines(
-                f"<b>{safe(kind)}</b> {safe(row.get('name', ''))}",
+                f"<b>{safe(kind)}</b> {safe(row['name'])}",
                 f"{number(row['effect'])} nats",
                 f"cosine with this direction {number(row['cosine'])}",
             )
@@ -255,7 +255,7 @@ def damage(verdict: Verdict) -> go.Figure:
     repeated = [real((made.get(label) or {}).get("repetition")) for label in ("steered", "unsteered")]
     panels = (
         ("perplexity ratio on ordinary text (1: intact)", "damage: perplexity", found["perplexity_ratio"], 1.0, 2.0),
-        ("KL on ordinary text (nats a token, no threshold)", "damage: KL", found["kl"], 0.0, 0.5),
+        ("KL on ordinary text (nats a token, reported)", "damage: KL", found["kl"], 0.0, 0.5),
         ("rise of repeated trigrams (share)", "damage: repetition", repeated[0] - repeated[1], 0.0, 0.25),
     )
     figure = make_subplots(rows=3, vertical_spacing=0.22, subplot_titles=[f"<b>{label}</b>" for label, *_ in panels])
@@ -264,7 +264,8 @@ def damage(verdict: Verdict) -> go.Figure:
     figure.update_yaxes(visible=False, range=[-0.5, 1.2])
     for panel, (label, name, seen, intact, scale) in enumerate(panels, 1):
         value, limit = real(seen), _threshold(verdict, name)
-        low, high = min([intact, *finite([value])]), max(scale, 1.3 * (limit or 0.0))
+        limits = [] if limit is None else [1 / limit, limit] if intact else [limit]  # a ratio is judged both ways
+        low, high = min([intact, *limits, *finite([value])]), max([scale, *(1.3 * end for end in limits)])
         figure.update_xaxes(range=[low - 0.03 * (high - low), high + 0.05 * (high - low)], nticks=6, row=panel, col=1)
         if panel == 3 and math.isnan(value):
             parts.absent(figure, 0, "nothing was generated", panel=panel)
@@ -282,15 +283,16 @@ def damage(verdict: Verdict) -> go.Figure:
             hovertext=[lines(label, said)], row=panel, col=1,
         )  # fmt: skip
         parts.line(figure, "x", intact, color=MUTED, dash="solid", panel=panel)
-        if limit is not None:
-            parts.line(figure, "x", limit, panel=panel)
-            parts.label(figure, limit, 1.0, f" limit {number(limit)}", anchor=("left", "top"), panel=panel, domain=True)
+        for end in limits:
+            parts.line(figure, "x", end, panel=panel)
+            parts.label(figure, end, 1.0, f" limit {number(end)}", anchor=("left", "top"), panel=panel, domain=True)
     return figure
 
 
 def _ratio_panel(figure: go.Figure, rows: Sequence[Numbers], marker: Numbers, limit: float | None) -> None:
     """The lower panel of the dose curve: perplexity ratios on a logarithmic scale, clipped with a mark."""
-    dashed = f"; dashed: limit {number(limit)}" if limit is not None else ""
+    limits = [] if limit is None else [1 / limit, limit]
+    dashed = f"; dashed: limits {' and '.join(map(number, limits))}" if limits else ""
     parts.heading(figure, f"perplexity ratio (log scale){dashed}", panel=2)
     if not any("perplexity_ratio" in row for row in rows):
         figure.update_yaxes(showticklabels=False, range=[-1, 1], zeroline=False, row=2, col=1)
@@ -306,14 +308,14 @@ def _ratio_panel(figure: go.Figure, rows: Sequence[Numbers], marker: Numbers, li
         text=[ratio(r) if over else "" for over, r in zip(clipped, ratios, strict=True)],
         hovertext=[f"<b>dose {d:g}</b><br>perplexity ratio {ratio(r)}" for d, r in zip(doses, ratios, strict=True)],
     )  # fmt: skip
-    low, high = math.log10(min(shown)), math.log10(max([*shown, limit or 1.0]))
+    low, high = math.log10(min([*shown, *limits])), math.log10(max([*shown, *limits]))
     room, ticks = 0.12 * (high - low) + 0.03, [1, 10, 100] if high - low > 1 else [0.5, 1, 1.5, 2, 3, 5, 10]
     words = [f"{tick:g}" for tick in ticks]
     figure.update_yaxes(
         type="log", range=[low - room, high + room], tickvals=ticks, ticktext=words, zeroline=False, row=2, col=1
     )
-    if limit is not None:
-        parts.line(figure, "y", limit, panel=2)
+    for end in limits:
+        parts.line(figure, "y", end, panel=2)
 
 
 def _failed(verdict: Verdict, name: str) -> bool:
@@ -328,7 +330,7 @@ def _threshold(verdict: Verdict, name: str) -> float | None:
 
 def _eligibility(row: Numbers, auroc: float | None) -> str:
     """How a layer's mark says that it could not be chosen: hollow for damage, crossed for sides that look alike."""
-    apart = None in (auroc, row.get("auroc")) or row["auroc"] >= auroc
+    apart = None in (auroc, row["auroc"]) or row["auroc"] >= auroc
     return "-open" if not row["coherent"] else "" if apart else "-x-open"
 
 
