@@ -1,17 +1,28 @@
 """From a contrast to a direction: what the difference between wanted and unwanted looks like inside.
 
-Extraction has two steps. `contrast` records both sides of a behaviour at some layers. `mean_difference` turns one
-layer's pairs into a unit vector that points from unwanted to wanted (arXiv:2312.06681), with its reliability: how well
-directions from two disjoint halves of the topic groups agree. A direction whose halves disagree is noise.
+Extraction has two steps. `contrast` records both sides of a behaviour at a site. An extraction turns one layer's pairs
+into a `Direction`, a unit vector in the site's space that points from unwanted to wanted, with its reliability: how
+well directions from two disjoint halves of the topic groups agree. A direction whose halves disagree is noise.
+
+Three sites can hold a direction. In the residual stream (`resid`) it is a vector, in an attention layer (`attn.heads`)
+one vector for each head, and in a GDN layer (`gdn.state`) one matrix for each value head, since a state is a map from
+keys to values. All are stored flat, as one unit vector with its `shape`, so the same code compares, controls and judges
+them. Three extractions exist:
+
+    mean        wanted minus unwanted, on average (arXiv:2312.06681)
+    low-rank    for states: each head's mean difference, cut to its largest singular values; a GDN layer writes rank 1
+    whitened    the mean difference divided by the covariance within the sides (Fisher's discriminant), shrunk as by
+                Ledoit and Wolf; of a state, by the covariances of its rows and of its columns
 
 Two kinds of contrast exist. With persona turns the same question is asked under both personas and read at the last
 prompt token, before a word of the answer is there. Without them the two answers are read instead, as a mean over
-their tokens; such a direction may describe the text rather than the disposition, and says so in `Direction.contrast`.
+their tokens (a state: after the answer); such a direction may describe the text rather than the disposition, and says
+so in `Direction.contrast`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
@@ -20,6 +31,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from numpy.typing import NDArray
+from sklearn.covariance import ledoit_wolf
 from torch import Tensor
 
 from probes.behaviors import Behavior, Item, Side
@@ -27,57 +39,86 @@ from probes.capture import capture
 from probes.errors import WrongInput
 from probes.model import HybridModel
 from probes.prompts import Prompt, answer_ids
+from probes.sites import resolve
 from probes.stats import Estimate, repeated, spearman_brown, split_groups
 from probes.store import read_metadata, read_tensors, write_tensors
 
 Contrast = Literal["persona", "answer"]
+Method = Literal["mean", "low-rank", "whitened"]
+STEERABLE = ("resid", "gdn.state", "attn.heads")
 SPLITS = 50
-_FIELDS = ("layer", "norm", "midpoint", "gap", "site", "method", "contrast", "behavior", "n")
+_FIELDS = ("layer", "norm", "midpoint", "gap", "site", "shape", "heads", "method", "contrast", "behavior", "n")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Direction:
-    """A unit vector in the residual stream after `layer`, pointing from unwanted to wanted.
+    """A unit vector in the space of one site at one layer, pointing from unwanted to wanted.
 
     Attributes:
-        vector: float32 [d_model], length 1.
-        norm: the layer's typical residual norm (median over the prompts that gave the direction); the unit of dose.
-        midpoint: the mean of both sides projected on the vector, in raw units; "ablate" sets the stream to it.
+        vector: float32, flat, length 1; `tensor` has the site's own shape.
+        norm: the typical size of the site's values (median over the prompts that gave the direction; of a state the
+            Frobenius norm over the heads in use); the unit of dose.
+        midpoint: the mean of both sides projected on the vector, in raw units; "ablate" sets the component to it.
         gap: distance between the two sides' means along the vector, in raw units.
+        shape: (d_model,), (head, d_head) or (v_head, d_k, d_v).
+        heads: the heads it is confined to; None for all.
         method, contrast, behavior, n: where it came from. reliability: split-half agreement, None for a drawn vector.
     """
 
     layer: int
-    vector: Float[Tensor, " d_model"]
+    vector: Float[Tensor, " feature"]
     norm: float
     midpoint: float
     gap: float = 0.0
     site: str = "resid"
+    shape: tuple[int, ...] = ()
+    heads: tuple[int, ...] | None = None
     method: str = "mean difference"
     contrast: Contrast = "persona"
     behavior: str = ""
     n: int = 0
     reliability: Estimate | None = None
 
+    @property
+    def tensor(self) -> Float[Tensor, "..."]:
+        """The vector in the shape of the site."""
+        return self.vector.reshape(self.shape or (-1,))
+
     def __str__(self) -> str:
         agreement = f", reliability {self.reliability.value:.2f}" if self.reliability else ""
-        return f"{self.method} of {self.behavior or 'nothing'} at {self.site} {self.layer} (n={self.n}{agreement})"
+        where = f"{self.site} {self.layer}{heads_in_words(self.heads)}"
+        return f"{self.method} of {self.behavior or 'nothing'} at {where} (n={self.n}{agreement})"
+
+
+def heads_in_words(heads: Sequence[int] | None) -> str:
+    """heads 0 and 3; empty for all heads."""
+    if heads is None:
+        return ""
+    return f" head{'s' if len(heads) > 1 else ''} {', '.join(map(str, heads))}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pairs:
-    """Both sides of a behaviour at one layer: float32 [prompt d_model] each, row i of both from item i."""
+    """Both sides of a behaviour at one layer of a site: flat float32 features, row i of both from item i."""
 
     layer: int
-    wanted: Float[Tensor, "prompt d_model"]
-    unwanted: Float[Tensor, "prompt d_model"]
+    wanted: Float[Tensor, "prompt feature"]
+    unwanted: Float[Tensor, "prompt feature"]
     groups: tuple[str, ...]
     behavior: str
     contrast: Contrast
+    site: str = "resid"
+    shape: tuple[int, ...] = ()
+    heads: tuple[int, ...] | None = None
 
     @property
-    def differences(self) -> Float[Tensor, "prompt d_model"]:
+    def differences(self) -> Float[Tensor, "prompt feature"]:
         return self.wanted - self.unwanted
+
+    @property
+    def middle(self) -> Float[Tensor, " feature"]:
+        """The mean of the two sides' means."""
+        return (self.wanted.mean(0) + self.unwanted.mean(0)) / 2
 
     def where(self, mask: NDArray[np.bool_]) -> Pairs:
         """The pairs at which a mask is true."""
@@ -85,32 +126,66 @@ class Pairs:
         groups = tuple(group for group, kept in zip(self.groups, mask, strict=True) if kept)
         return replace(self, wanted=self.wanted[index], unwanted=self.unwanted[index], groups=groups)
 
-    def scores(self, vector: Float[Tensor, " d_model"]) -> tuple[list[float], list[float]]:
+    def only(self, heads: Sequence[int]) -> Pairs:
+        """The pairs with every other head set to zero, so that whatever is made from them lives in these heads.
+
+        Raises:
+            WrongInput: the site has no heads, or no such head.
+        """
+        if len(self.shape) < 2:
+            raise WrongInput(f"heads were chosen, but '{self.site}' has no heads; {' and '.join(STEERABLE[1:])} have")
+        chosen = tuple(sorted(set(heads)))
+        if not chosen or not 0 <= chosen[0] <= chosen[-1] < self.shape[0]:
+            seen = ", ".join(map(str, heads)) or "none"
+            raise WrongInput(f"heads of {self.site} at layer {self.layer} are 0 to {self.shape[0] - 1}, saw {seen}")
+        keep = torch.zeros(self.shape[0])
+        keep[list(chosen)] = 1.0
+        mask = keep.repeat_interleave(self.wanted.shape[1] // self.shape[0])
+        return replace(self, wanted=self.wanted * mask, unwanted=self.unwanted * mask, heads=chosen)
+
+    def scores(self, vector: Float[Tensor, " feature"]) -> tuple[list[float], list[float]]:
         """Projections of both sides on a vector."""
         return (self.wanted @ vector).tolist(), (self.unwanted @ vector).tolist()
 
 
 def contrast(
-    model: HybridModel, behavior: Behavior, *, layers: Sequence[int], positions: str = "auto", progress: bool = True
+    model: HybridModel,
+    behavior: Behavior,
+    *,
+    layers: Sequence[int] | None = None,
+    site: str = "resid",
+    positions: str = "auto",
+    progress: bool = True,
 ) -> dict[int, Pairs]:
-    """Record both sides of a behaviour in the residual stream, one pass for all layers.
+    """Record both sides of a behaviour at a site, one pass for all layers.
 
-    `positions` is "last", "mean:context", "mean:direction", "mean:decision", or "auto": the last prompt token for a
-    persona contrast, the mean over the answer for an answer contrast.
+    Args:
+        layers: 0-based; None for every layer that has the site.
+        site: one of `STEERABLE`.
+        positions: as in `capture`, or "auto": the last prompt token for a persona contrast, the mean over the answer
+            for an answer contrast (a state is always read after the last token).
+
+    Raises:
+        WrongInput: a site that cannot hold a direction, or a layer without it.
     """
+    if site not in STEERABLE:
+        raise WrongInput(f"no direction can be taken at '{site}'; allowed are {', '.join(STEERABLE)}")
+    chosen = resolve(model, site, layers)
     kind: Contrast = "persona" if behavior.has_persona else "answer"
     if positions == "auto":
-        positions = "last" if kind == "persona" else "mean:decision"
+        positions = "last" if kind == "persona" or site == "gdn.state" else "mean:decision"
     sides: tuple[Side, ...] = get_args(Side)
     prompts = [_sided(model, item, side, kind) for side in sides for item in behavior.items]
-    record = capture(model, prompts, sites=("resid",), layers=list(layers), positions=positions, progress=progress)
+    record = capture(model, prompts, sites=(site,), layers=chosen, positions=positions, progress=progress)
     n, groups = len(behavior.items), tuple(item.group for item in behavior.items)
     result = {}
-    for layer in layers:
-        both = torch.as_tensor(record["resid", layer]).float()
+    for layer in chosen:
+        both = torch.as_tensor(record[site, layer]).float()
+        flat = both.flatten(1)
         result[layer] = Pairs(
-            layer=layer, wanted=both[:n], unwanted=both[n:], groups=groups, behavior=behavior.name, contrast=kind
-        )
+            layer=layer, wanted=flat[:n], unwanted=flat[n:], groups=groups, behavior=behavior.name, contrast=kind,
+            site=site, shape=tuple(both.shape[1:]),
+        )  # fmt: skip
     return result
 
 
@@ -123,83 +198,117 @@ def _sided(model: HybridModel, item: Item, side: Side, kind: Contrast) -> Prompt
     return Prompt(text=prompt.text, ids=(*prompt.ids, *answer), spans=spans)
 
 
+Raw = Callable[[Pairs], Tensor]  # pairs -> an unnormalised direction, flat
+
+
+def extract(pairs: Pairs, *, method: Method = "mean", rank: int = 1, seed: int = 0) -> Direction:
+    """A direction by one of the methods above; `rank` is for "low-rank" alone.
+
+    Raises:
+        WrongInput: the two sides are the same, the method is unknown, or it does not fit the site.
+    """
+    if method == "mean":
+        return mean_difference(pairs, seed=seed)
+    if method == "low-rank":
+        return low_rank(pairs, rank=rank, seed=seed)
+    if method == "whitened":
+        return whitened(pairs, seed=seed)
+    raise WrongInput(f"unknown method '{method}'; allowed are {', '.join(get_args(Method))}")
+
+
 def mean_difference(pairs: Pairs, *, seed: int = 0) -> Direction:
     """Mean of wanted minus mean of unwanted, as a unit vector with split-half reliability.
 
     Raises:
         WrongInput: the two sides are the same, so that there is no direction.
     """
-    raw = pairs.differences.mean(0)
-    gap = float(raw.norm())
-    if gap == 0.0:
+    return _direction(pairs, _mean, method="mean difference", seed=seed)
+
+
+def low_rank(pairs: Pairs, *, rank: int = 1, seed: int = 0) -> Direction:
+    """Each head's mean difference of states, cut to its `rank` largest singular values.
+
+    Raises:
+        WrongInput: the site is not `gdn.state`, or the rank is not between 1 and the smaller side of a state.
+    """
+    if pairs.site != "gdn.state":
+        raise WrongInput(f"a low-rank direction is one of states (gdn.state), saw '{pairs.site}'")
+    most = min(pairs.shape[1:])
+    if not 1 <= rank <= most:
+        raise WrongInput(
+            f"rank must lie between 1 and {most} for states of {pairs.shape[1]}x{pairs.shape[2]}, saw {rank}"
+        )
+
+    def cut(some: Pairs) -> Tensor:
+        u, s, vh = torch.linalg.svd(_mean(some).reshape(some.shape), full_matrices=False)
+        return (u[..., :rank] * s[..., None, :rank] @ vh[..., :rank, :]).flatten()
+
+    return _direction(pairs, cut, method=f"rank-{rank} mean difference", seed=seed)
+
+
+def whitened(pairs: Pairs, *, seed: int = 0) -> Direction:
+    """Fisher's discriminant: the mean difference divided by the shrunk covariance within the sides.
+
+    For a state, each head's covariance is taken as the product of one over rows and one over columns (the matrix-normal
+    model), since 128 x 128 entries have no covariance that a few hundred prompts could estimate.
+    """
+    return _direction(pairs, _discriminant, method="whitened mean difference", seed=seed)
+
+
+def _mean(pairs: Pairs) -> Tensor:
+    return pairs.differences.mean(0)
+
+
+def _discriminant(pairs: Pairs) -> Tensor:
+    within = torch.cat([pairs.wanted - pairs.wanted.mean(0), pairs.unwanted - pairs.unwanted.mean(0)])
+    raw = _mean(pairs)
+    if pairs.site != "gdn.state":
+        return _divided(raw[:, None], within)[:, 0]
+    result = torch.zeros(pairs.shape)
+    chosen = pairs.heads if pairs.heads is not None else range(pairs.shape[0])
+    states = within.reshape(-1, *pairs.shape)
+    for head in chosen:
+        one = states[:, head]
+        left = _divided(raw.reshape(pairs.shape)[head], one.transpose(1, 2).flatten(0, 1))
+        result[head] = _divided(left.T, one.flatten(0, 1)).T
+    return result.flatten()
+
+
+def _divided(raw: Tensor, samples: Tensor) -> Tensor:
+    """Sigma^-1 raw, Sigma being the shrunk covariance of centred samples (in float64: it is nearly singular)."""
+    covariance, _ = ledoit_wolf(samples.double().numpy(), assume_centered=True)
+    return torch.linalg.solve(torch.from_numpy(covariance), raw.double()).float()
+
+
+def _direction(pairs: Pairs, raw_of: Raw, *, method: str, seed: int) -> Direction:
+    difference, raw = _mean(pairs), raw_of(pairs)
+    if float(difference.norm()) == 0.0:
         raise WrongInput(f"both sides of '{pairs.behavior}' are equal at layer {pairs.layer}: there is no direction")
-    vector = raw / gap
-    middle = (pairs.wanted.mean(0) + pairs.unwanted.mean(0)) / 2
+    vector = raw / raw.norm()
     norms = torch.cat([pairs.wanted, pairs.unwanted]).norm(dim=1)
     return Direction(
-        layer=pairs.layer, vector=vector, norm=float(norms.median()), midpoint=float(middle @ vector), gap=gap,
-        contrast=pairs.contrast, behavior=pairs.behavior, n=len(pairs.groups), reliability=split_half(pairs, seed=seed),
+        layer=pairs.layer, vector=vector, norm=float(norms.median()), midpoint=float(pairs.middle @ vector),
+        gap=float(difference @ vector), site=pairs.site, shape=pairs.shape or tuple(vector.shape), heads=pairs.heads,
+        method=method, contrast=pairs.contrast, behavior=pairs.behavior, n=len(pairs.groups),
+        reliability=split_half(pairs, raw_of, seed=seed),
     )  # fmt: skip
 
 
-def split_half(pairs: Pairs, *, times: int = SPLITS, seed: int = 0) -> Estimate:
+def split_half(pairs: Pairs, raw_of: Raw = _mean, *, times: int = SPLITS, seed: int = 0) -> Estimate:
     """Cosine of the directions from two random halves of the groups, stepped up by Spearman-Brown.
 
     The interval covers the choice of halves, over `times` splits.
     """
-    differences = pairs.differences.numpy().astype(np.float64)
 
     def agreement(rng: np.random.Generator) -> float:
         half = split_groups(pairs.groups, rng)
-        a, b = differences[half].mean(0), differences[~half].mean(0)
-        scale = float(np.linalg.norm(a) * np.linalg.norm(b))
+        a, b = (raw_of(pairs.where(part)).double() for part in (half, ~half))
+        scale = float(a.norm() * b.norm())
         return spearman_brown(float(a @ b) / scale) if scale else 0.0
 
     value, lower, upper = repeated(agreement, times=times, seed=seed)
-    return Estimate(value=value, lower=lower, upper=upper, n=len(differences), groups=len(set(pairs.groups)), seed=seed)
-
-
-def shuffle_labels(pairs: Pairs, *, seed: int) -> Pairs:
-    """Swap the sides of exactly half of the pairs.
-
-    Swapping each pair by a coin would leave a part of the true direction in the mean, which normalising would then
-    blow up to full length: exactly half is what makes this a null.
-    """
-    n = len(pairs.groups)
-    order = np.random.default_rng(seed).permutation(n)
-    swap = torch.zeros(n, dtype=torch.bool)
-    swap[torch.from_numpy(order[: n // 2].copy())] = True
-    swapped = swap[:, None]
-    return replace(
-        pairs,
-        wanted=torch.where(swapped, pairs.unwanted, pairs.wanted),
-        unwanted=torch.where(swapped, pairs.wanted, pairs.unwanted),
-    )
-
-
-def shuffled_direction(pairs: Pairs, target: Direction, *, seed: int) -> Direction:
-    """A control with the target's norm: the mean difference of shuffled labels, at right angles to the target.
-
-    Where the pairs differ along one direction and little else, any weighted mean of their differences is plus or minus
-    that direction, however the labels are shuffled; at full length it would be the target itself and control nothing.
-    What is left after the target is taken out is another direction that the same data can produce.
-    """
-    raw = shuffle_labels(pairs, seed=seed).differences.mean(0)
-    raw = raw - (raw @ target.vector) * target.vector
-    length = float(raw.norm())
-    if length <= 1e-5 * float(pairs.differences.norm(dim=1).mean()):  # what is left is rounding
-        raise WrongInput(f"the pairs of '{pairs.behavior}' differ along one direction only: no control can be shuffled")
-    vector, middle = raw / length, (pairs.wanted.mean(0) + pairs.unwanted.mean(0)) / 2
-    return replace(
-        target, vector=vector, midpoint=float(middle @ vector), gap=0.0, method="shuffled labels", reliability=None
-    )
-
-
-def random_direction(like: Direction, *, seed: int) -> Direction:
-    """A vector drawn uniformly from the sphere, with the norm (so the dose) of another direction."""
-    generator = torch.Generator().manual_seed(seed)
-    vector = torch.randn(like.vector.numel(), generator=generator)
-    return replace(like, vector=vector / vector.norm(), midpoint=0.0, gap=0.0, method="random", reliability=None)
+    n, groups = len(pairs.groups), len(set(pairs.groups))
+    return Estimate(value=value, lower=lower, upper=upper, n=n, groups=groups, seed=seed)
 
 
 def save_direction(direction: Direction, path: str | Path, *, weights_hash: str) -> Path:
@@ -221,4 +330,7 @@ def open_direction(path: str | Path, *, model: HybridModel) -> Direction:
     if metadata["weights_hash"] != model.weights_hash:
         made_for = metadata["weights_hash"]
         raise WrongInput(f"{path} was made for weights {made_for}, {model.name} has {model.weights_hash}")
-    return Direction(vector=read_tensors(path)["vector"], **{field: metadata[field] for field in _FIELDS})
+    fields = {field: metadata[field] for field in _FIELDS}
+    heads = fields["heads"]
+    fields |= {"shape": tuple(fields["shape"]), "heads": tuple(heads) if heads is not None else None}
+    return Direction(vector=read_tensors(path)["vector"], **fields)

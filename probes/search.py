@@ -19,8 +19,9 @@ import numpy as np
 from scipy.stats import halfnorm
 
 from probes import stats
+from probes.controls import random_direction, shuffled_direction
 from probes.criteria import GateCriteria, intact
-from probes.directions import Direction, Pairs, random_direction, shuffled_direction
+from probes.directions import Direction, Pairs
 from probes.stats import Estimate
 
 Effects = Callable[[Direction, float], Sequence[float]]

@@ -3,85 +3,214 @@
     with steer(model, direction, dose=0.5, phase="both"):
         model.hf.generate(...)
 
-`dose` is in units of the layer's typical residual norm, so 0.5 means a push half as long as the stream itself;
-positive doses push towards "wanted". Phases: "prefill" edits the prompt's tokens, "decode" the answer's, "both" both.
-A forward that continues a cache is decoding; a forward without a past is prefill, all of it.
+One interface for three places. `dose` is in units of the site's typical norm, so 0.5 means a push half as large as
+what is there; positive doses push towards "wanted". Phases: "prefill" edits at the prompt's tokens, "decode" at the
+answer's, "both" at both. A forward that continues a cache is decoding; one without a past is prefill, all of it.
+
+In the residual stream and in attention heads an edit changes single tokens. A GDN state is memory: it is edited at one
+point in time, and the recurrence carries the edit to every later token. So `form` says when:
+
+    end       once in a phase, before its last tokens: in prefill before the prompt's last token (so that the first
+              answer token is already chosen under the edit), in decoding before the answer's first token is read
+    initial   in the state that the sequence starts from, before its first token (prefill only)
+    write     at every token of the phase, in the form the layer itself writes: a token's value v becomes
+              v + dose x norm x D^T k, D being the head's matrix and k the token's key. The delta rule fits v to k, so
+              this moves what it is fitting by exactly D, and each write k u^T stays of rank 1
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
+from torch.nn.functional import normalize
+from torch.utils.weak import WeakIdKeyDictionary
 
-from probes.directions import Direction
+from probes.directions import STEERABLE, Direction
 from probes.errors import WrongInput
 from probes.model import HybridModel
+from probes.sites import resolve
+from probes.taps import GDNCall, Run, tapped, without_padding
 
 Phase = Literal["prefill", "decode", "both"]
-Mode = Literal["add", "ablate"]
+Mode = Literal["add", "ablate", "clamp"]
+Form = Literal["end", "initial", "write"]
 PHASES: tuple[Phase, ...] = get_args(Phase)
 
 
 @contextmanager
 def steer(
-    model: HybridModel, direction: Direction, *, dose: float = 0.5, phase: str = "both", mode: str = "add"
+    model: HybridModel,
+    direction: Direction,
+    *,
+    dose: float = 0.5,
+    phase: str = "both",
+    mode: str = "add",
+    last: int | None = None,
+    form: str = "end",
 ) -> Iterator[None]:
-    """Edit the residual stream after `direction.layer` while the block runs.
+    """Edit the site of a direction at its layer while the block runs.
 
     Args:
         dose: strength in units of `direction.norm`; ignored by "ablate".
         phase: which tokens are edited: "prefill", "decode" or "both".
-        mode: "add" adds dose x norm x vector. "ablate" replaces the stream's component along the vector by the
-            midpoint between the two sides (`direction.midpoint`), so that no side is shown.
+        mode: "add" adds dose x norm x vector. "clamp" sets the component along the vector to midpoint + dose x norm,
+            whatever it was. "ablate" is a clamp at the midpoint, where neither side is shown. (At writes there is no
+            midpoint: the value's component along D^T k is set to dose x norm x |D^T k|, or to 0.)
+        last: edit only the last n tokens of the prompt; of a state in form "end", edit it before the last n tokens.
+            None: all tokens, and for form "end" 1. It does not count in decoding.
+        form: for states, when: "end", "initial" or "write".
 
     Raises:
-        WrongInput: unknown phase or mode, or a direction that does not fit the model.
+        WrongInput: unknown phase, mode or form, or a direction that does not fit the model.
     """
-    if phase not in PHASES:
-        raise WrongInput(f"unknown phase '{phase}'; allowed are {', '.join(PHASES)}")
-    if mode not in get_args(Mode):
-        raise WrongInput(f"unknown mode '{mode}'; allowed are {', '.join(get_args(Mode))}")
-    if not 0 <= direction.layer < len(model.layers):
-        raise WrongInput(
-            f"layer {direction.layer} is out of range: {model.name} has layers 0 to {len(model.layers) - 1}"
-        )
-    block = model.layers[direction.layer].block
-    vector = direction.vector.to(device=model.device, dtype=torch.float32)
-    if vector.numel() != model.config.hidden_size:
-        raise WrongInput(
-            f"the direction has {vector.numel()} elements, the stream of {model.name} {model.config.hidden_size}"
-        )
-    push = dose * direction.norm * vector
-    decoding = False
+    for name, value, allowed in (("phase", phase, Phase), ("mode", mode, Mode), ("form", form, Form)):
+        if value not in get_args(allowed):
+            raise WrongInput(f"unknown {name} '{value}'; allowed are {', '.join(get_args(allowed))}")
+    if last is not None and last < 1:
+        raise WrongInput(f"last must be at least 1 token, saw {last}")
+    if direction.site not in STEERABLE:
+        raise WrongInput(f"'{direction.site}' cannot be steered; allowed are {', '.join(STEERABLE)}")
+    resolve(model, direction.site, [direction.layer])
+    edit = _Edit.of(model, direction, dose=dose, mode=mode)
+    if direction.site == "gdn.state":
+        if form == "initial" and phase == "decode":
+            raise WrongInput("an initial state is there before the prompt: form 'initial' needs phase prefill or both")
+        tap = _StateTap(edit=edit, phase=phase, form=form, last=last)
+        with tapped(model, {direction.layer: tap}):
+            yield
+    else:
+        with _tokens_edited(model, direction, edit, phase=phase, last=last):
+            yield
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Edit:
+    """What happens to a value [... *shape]: its component along a unit tensor is pushed, or set."""
+
+    unit: Tensor
+    push: float
+    target: float | None  # None: add `push`; otherwise the component is set to this
+    write_target: float  # the same for the values of writes, which have no midpoint
+
+    @classmethod
+    def of(cls, model: HybridModel, direction: Direction, *, dose: float, mode: str) -> _Edit:
+        shape = _expected_shape(model, direction)
+        if direction.tensor.shape != shape:
+            seen, allowed = (" x ".join(map(str, s)) for s in (direction.tensor.shape, shape))
+            where = f"{direction.site} of {model.name} at layer {direction.layer}"
+            raise WrongInput(f"the direction has {seen} elements, {where} {allowed}")
+        push = dose * direction.norm if mode != "ablate" else 0.0
+        unit = direction.tensor.to(device=model.device, dtype=torch.float32)
+        target = None if mode == "add" else direction.midpoint + push
+        return cls(unit=unit, push=push, target=target, write_target=push)
+
+    def __call__(self, values: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        if self.target is None:
+            return values + (self.push * self.unit).to(values.dtype)
+        axes = tuple(range(-self.unit.ndim, 0))
+        along = (values.float() * self.unit).sum(axes, keepdim=True)
+        return values + ((self.target - along) * self.unit).to(values.dtype)
+
+
+def _expected_shape(model: HybridModel, direction: Direction) -> tuple[int, ...]:
+    mixer: Any = model.layers[direction.layer].mixer
+    if direction.site == "gdn.state":
+        return mixer.num_v_heads, mixer.head_k_dim, mixer.head_v_dim
+    if direction.site == "attn.heads":
+        return model.config.num_attention_heads, mixer.head_dim
+    return (model.config.hidden_size,)
+
+
+@contextmanager
+def _tokens_edited(
+    model: HybridModel, direction: Direction, edit: _Edit, *, phase: str, last: int | None
+) -> Iterator[None]:
+    """Edit the residual stream after a layer, or what its attention heads hand to the output projection."""
+    layer, decoding = model.layers[direction.layer], False
 
     def note_phase(_: Any, args: tuple, kwargs: dict[str, Any]) -> None:
         nonlocal decoding
         past = kwargs.get("past_key_values")
         decoding = past is not None and past.get_seq_length() > 0
 
-    def edit(stream: Tensor) -> Tensor:
-        if mode == "add":
-            return stream + push.to(stream.dtype)
-        along = stream.float() @ vector
-        return stream + ((direction.midpoint - along)[..., None] * vector).to(stream.dtype)
-
-    def hook(_: Any, args: tuple, output: Any) -> Any:
+    def edited(stream: Tensor) -> Tensor:
         if phase != "both" and (phase == "decode") != decoding:
-            return None
-        if isinstance(output, tuple):
-            return (edit(output[0]), *output[1:])
-        return edit(output)
+            return stream
+        first = 0 if decoding or last is None else max(stream.shape[1] - last, 0)
+        values = stream[:, first:].unflatten(-1, edit.unit.shape)
+        return torch.cat([stream[:, :first], edit(values).flatten(2)], 1)
 
-    handles = [
-        model.decoder.register_forward_pre_hook(note_phase, with_kwargs=True),
-        block.register_forward_hook(hook),
-    ]
-    try:
+    def after_block(_: Any, args: tuple, output: Any) -> Any:
+        return (edited(output[0]), *output[1:]) if isinstance(output, tuple) else edited(output)
+
+    def before_projection(_: Any, args: tuple) -> Any:
+        return (edited(args[0]), *args[1:])
+
+    with ExitStack() as stack:
+        note = model.decoder.register_forward_pre_hook(note_phase, with_kwargs=True)
+        stack.callback(note.remove)
+        if direction.site == "resid":
+            handle = layer.block.register_forward_hook(after_block)
+        else:
+            projection: Any = layer.mixer.o_proj
+            handle = projection.register_forward_pre_hook(before_projection)
+        stack.callback(handle.remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
+
+
+class _StateTap:
+    """Stands beside the recurrence of one layer and edits its state."""
+
+    def __init__(self, *, edit: _Edit, phase: str, form: str, last: int | None):
+        self.edit, self.phase, self.form, self.last = edit, phase, form, last
+        # In decoding a state is edited once for each cache: a cache keeps its state in one tensor, updated in place
+        # from token to token, and a copy of a cache has a tensor of its own.
+        self.met: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+    def __call__(self, call: GDNCall, run: Run) -> tuple[Tensor, Any]:
+        decoding = call.state is not None
+        call = without_padding(call)  # which would wear off an edit that is made before it
+        if self.phase != "both" and (self.phase == "decode") != decoding:
+            return run(call)
+        if self.form == "write":
+            first = 0 if decoding or self.last is None else max(call.tokens - self.last, 0)
+            return run(self.rewritten(call, first))
+        if decoding:
+            return run(call if self.form == "initial" or self.seen(call.state) else self.edited(call))
+        first = 0 if self.form == "initial" else max(call.tokens - (self.last or 1), 0)
+        if first == 0:
+            return run(self.edited(call))
+        before, state = run(call.between(0, first, state=None))
+        after, state = run(self.edited(call.between(first, call.tokens, state=state)))
+        return torch.cat([before, after], 1), state
+
+    def seen(self, state: Any) -> bool:
+        known = state in self.met
+        self.met[state] = True
+        return known
+
+    def edited(self, call: GDNCall) -> GDNCall:
+        state = call.state
+        if state is None:
+            state = torch.zeros(len(call.v), *self.edit.unit.shape, device=call.v.device)
+        return replace(call, state=self.edit(state))
+
+    def rewritten(self, call: GDNCall, first: int) -> GDNCall:
+        """Other values for the tokens from `first` on: what each is to be, or has along what D says to its key."""
+        heads = self.edit.unit.shape[0]
+        keys = normalize(call.k[:, first:].float(), dim=-1).repeat_interleave(heads // call.k.shape[2], 2)
+        told = torch.einsum("pthk,hkv->pthv", keys, self.edit.unit)
+        values = call.v[:, first:].float()
+        if self.edit.target is None:
+            values = values + self.edit.push * told
+        else:
+            along = normalize(told, dim=-1)
+            wanted = self.edit.write_target * told.norm(dim=-1, keepdim=True)
+            values = values + (wanted - (values * along).sum(-1, keepdim=True)) * along
+        return replace(call, v=torch.cat([call.v[:, :first], values.to(call.v.dtype)], 1))

@@ -20,24 +20,17 @@ from tqdm.auto import tqdm
 
 from probes import stats
 from probes.behaviors import Behavior, check_vocabulary, knows_words, read_behavior, shipped_behaviors
+from probes.controls import centred, random_direction, shuffle_labels, shuffled_direction
 from probes.criteria import GateCriteria, Verdict, decide, intact
 from probes.damage import General, damage, perplexity_ratio, read_general, repetition, surprise
-from probes.directions import (
-    Direction,
-    Pairs,
-    contrast,
-    mean_difference,
-    random_direction,
-    shuffle_labels,
-    shuffled_direction,
-)
+from probes.directions import Direction, Method, Pairs, contrast, extract, mean_difference
 from probes.errors import WrongInput
 from probes.evidence import judge, sentence
 from probes.model import HybridModel
 from probes.propensity import Prepared, Propensity, counting, generate, prepare, propensity, shares
 from probes.search import Candidate, candidates
 from probes.sites import resolve
-from probes.steering import PHASES, Phase, steer
+from probes.steering import PHASES, Form, Mode, Phase, steer
 from probes.store import library_versions
 
 MAX_LAYERS_SEARCHED = 8
@@ -57,8 +50,19 @@ class GateConfig:
     phase: Phase = "prefill"
     """Which tokens the working intervention edits; the other phases are reported beside it. Editing the prompt is what
     moves a Qwen3.5 (arXiv:2603.16335), and it leaves the answer free."""
-    direction: Literal["mean", "random"] = "mean"
-    """"mean" is the mean difference; "random" sends a drawn vector through the same gate."""
+    site: Literal["resid", "gdn.state", "attn.heads"] = "resid"
+    """Where the direction lives: the residual stream, the recurrent state of a GDN layer, or an attention layer's
+    heads. One layer of it is chosen."""
+    direction: Method | Literal["random"] = "mean"
+    """"mean" is the mean difference; "low-rank" the same cut to --rank in each state; "whitened" divides it by the
+    covariance within the sides; "random" sends a drawn direction through the same gate."""
+    rank: int = 1
+    """Rank of each head's matrix, for --direction low-rank."""
+    heads: tuple[int, ...] | None = None
+    """Heads that the direction is confined to, for gdn.state and attn.heads; auto (None) takes all."""
+    form: Form = "end"
+    """When a state is edited: "end" (before the last prompt token; in decoding before the answer's first token),
+    "initial" (before the first token) or "write" (at every token, through its value)."""
     shuffle_labels: bool = False
     """Extract from shuffled labels: a gate that passes this is broken."""
     controls: int = 20
@@ -103,14 +107,23 @@ class GateConfig:
             raise WrongInput(f"seed must be below 2^31, saw {self.seed}")
         if self.shuffle_labels and self.direction == "random":
             raise WrongInput("shuffle_labels has no effect on a random direction: choose one of the two")
+        if self.site != "gdn.state":
+            for name, default in (("direction", "low-rank"), ("form", "initial"), ("form", "write")):
+                if getattr(self, name) == default:
+                    raise WrongInput(f"{name} '{default}' is for states; the site is '{self.site}', not 'gdn.state'")
+        if self.heads is not None and self.site == "resid":
+            raise WrongInput("heads were chosen, but the residual stream has none; gdn.state and attn.heads have")
+        if self.form == "initial" and self.phase != "prefill":
+            raise WrongInput(f"form 'initial' edits before the prompt: phase must be prefill, saw '{self.phase}'")
 
 
-def candidate_layers(model: HybridModel) -> tuple[int, ...]:
-    """All layers of a small model; of a large one, eight spread between a fifth and nine tenths of the depth."""
-    n = len(model.layers)
-    if n <= MAX_LAYERS_SEARCHED:
-        return tuple(range(n))
-    return tuple(int(i) for i in np.unique(np.linspace(0.2 * n, 0.9 * (n - 1), MAX_LAYERS_SEARCHED).round()))
+def candidate_layers(model: HybridModel, site: str = "resid") -> tuple[int, ...]:
+    """All layers that have the site, if they are few; otherwise eight between a fifth and nine tenths of the depth."""
+    existing, n = np.array(resolve(model, site)), len(model.layers)
+    if len(existing) <= MAX_LAYERS_SEARCHED:
+        return tuple(existing.tolist())
+    spread = np.linspace(0.2 * n, 0.9 * (n - 1), MAX_LAYERS_SEARCHED)
+    return tuple(np.unique([existing[np.abs(existing - at).argmin()] for at in spread.round()]).tolist())
 
 
 def verify(
@@ -173,7 +186,9 @@ class _Gate:
         self.fit, self.held = behavior.split(held_out=config.held_out, seed=config.seed)
         self.search = self.fit.take(config.search_prompts, seed=config.seed)
         self.judged = self.held.take(config.prompts, seed=config.seed)
-        self.layers = resolve(model, "resid", config.layers) if config.layers else candidate_layers(model)
+        self.layers = (
+            resolve(model, config.site, config.layers) if config.layers else candidate_layers(model, config.site)
+        )
         if len(self.fit.groups) < 4:
             raise WrongInput(f"{len(self.fit.groups)} topic groups are left to fit on, at least 4 are needed")
         general = read_general(model, config.general)
@@ -202,7 +217,7 @@ class _Gate:
     def choose(self) -> None:
         """Extract at every candidate layer; take the layer and dose that do most beyond meaningless directions."""
         self.bar.set_postfix_str("extracting")
-        self.pairs = contrast(self.model, self.fit, layers=self.layers, progress=False)
+        self.pairs = self.record(self.fit, self.layers)
         prepared = prepare(self.model, self.search)
         base = propensity(self.model, prepared)
         found: list[Candidate] = []
@@ -227,12 +242,14 @@ class _Gate:
     def extract(self, pairs: Pairs) -> Direction:
         if self.config.shuffle_labels:
             pairs = shuffle_labels(pairs, seed=self.seed("shuffled target"))
-        direction = mean_difference(pairs, seed=self.config.seed)
-        if self.config.shuffle_labels:
-            return replace(direction, method="mean difference of shuffled labels")
-        if self.config.direction == "random":
-            return self.centred(random_direction(direction, seed=self.seed("random target")))
-        return direction
+        config = self.config
+        if config.direction == "random":
+            drawn = random_direction(mean_difference(pairs, seed=config.seed), seed=self.seed("random target"))
+            return centred(drawn, pairs)
+        direction = extract(pairs, method=config.direction, rank=config.rank, seed=config.seed)
+        return (
+            replace(direction, method=f"{direction.method} of shuffled labels") if config.shuffle_labels else direction
+        )
 
     # -- on the held-out split -----------------------------------------------------------------------------------------
 
@@ -296,7 +313,7 @@ class _Gate:
     def measure_controls(self, prepared: Prepared, base: Propensity) -> None:
         """The same dose along directions that should do nothing, and how well shuffled labels separate the sides."""
         pairs = self.pairs[self.direction.layer]
-        held = contrast(self.model, self.judged, layers=[self.direction.layer], progress=False)[self.direction.layer]
+        held = self.record(self.judged, [self.direction.layer])[self.direction.layer]
         seeds = [self.seed("control", i) for i in range(self.config.controls)]
         drawn = [random_direction(self.direction, seed=seed) for seed in seeds]
         shuffled = [shuffled_direction(pairs, self.direction, seed=seed) for seed in seeds]
@@ -325,8 +342,7 @@ class _Gate:
         found = []
         for other in self.others:
             some = other.take(48, seed=self.config.seed)
-            pairs = contrast(self.model, some, layers=[self.direction.layer], progress=False)[self.direction.layer]
-            found.append(mean_difference(pairs))
+            found.append(mean_difference(self.record(some, [self.direction.layer])[self.direction.layer]))
         return found
 
     def measure_phases(self, prepared: Prepared, base: Propensity) -> None:
@@ -358,12 +374,12 @@ class _Gate:
         before = propensity(self.model, prepared)
 
         def drop(direction: Direction) -> tuple[float, ...]:
-            with steer(self.model, direction, phase="both", mode="ablate"):
+            with self.steered(direction, phase="both", mode="ablate"):
                 return before.minus(propensity(self.model, prepared))
 
-        removed = drop(self.direction)
+        removed, pairs = drop(self.direction), self.pairs[self.direction.layer]
         random_drops = [
-            float(np.mean(drop(self.centred(random_direction(self.direction, seed=self.seed("necessity", i))))))
+            float(np.mean(drop(centred(random_direction(self.direction, seed=self.seed("necessity", i)), pairs))))
             for i in range(10)
         ]
         self.evidence["necessity"] = {
@@ -380,12 +396,6 @@ class _Gate:
                 "gain": stats.mean(before.minus(base), base.groups, seed=seed).as_dict(),
             }
 
-    def centred(self, control: Direction) -> Direction:
-        """Give a drawn vector the midpoint that the data have along it, so that ablating it is a fair control."""
-        pairs = self.pairs[control.layer]
-        middle = (pairs.wanted.mean(0) + pairs.unwanted.mean(0)) / 2
-        return replace(control, midpoint=float(middle @ control.vector))
-
     def measure_generation(self) -> None:
         """Free answers without, with and against the direction: shares of each side, repetition, examples."""
         some = self.judged.take(self.config.generations, seed=self.config.seed)
@@ -393,7 +403,7 @@ class _Gate:
         answers: dict[str, list[str]] = {}
         for label, sign in ANSWERS.items():
             self.bar.set_postfix_str(f"generating: {label}")
-            with steer(self.model, self.direction, dose=sign * self.dose, phase=self.config.phase):
+            with self.steered(self.direction, dose=sign * self.dose, phase=self.config.phase):
                 answers[label] = generate(self.model, prompts, max_new_tokens=self.config.max_new_tokens)
             self.bar.update()
         self.evidence["generation"] = {
@@ -421,15 +431,25 @@ class _Gate:
         self, direction: Direction, prepared: Prepared, base: Propensity, dose: float, *, phase: Phase | None = None
     ) -> tuple[float, ...]:
         """Per prompt: propensity under the direction minus propensity without it, in nats."""
-        with steer(self.model, direction, dose=dose, phase=phase or self.config.phase):
+        with self.steered(direction, dose=dose, phase=phase or self.config.phase):
             return propensity(self.model, prepared).minus(base)
+
+    def steered(self, direction: Direction, *, dose: float = 0.0, phase: Phase, mode: Mode = "add") -> Any:
+        """The working intervention; before a prompt there is nothing to edit but the initial state."""
+        form = "end" if self.config.form == "initial" and phase != "prefill" else self.config.form
+        return steer(self.model, direction, dose=dose, phase=phase, mode=mode, form=form)
+
+    def record(self, behavior: Behavior, layers: Sequence[int]) -> dict[int, Pairs]:
+        found = contrast(self.model, behavior, layers=layers, site=self.config.site, progress=False)
+        return {i: pairs.only(self.config.heads) for i, pairs in found.items()} if self.config.heads else found
 
     def seed(self, purpose: str, i: int = 0) -> int:
         return stats.derived_seed(self.config.seed, purpose, i)
 
     def on_text(self, direction: Direction, dose: float) -> Callable[[], Any]:
-        """On general text every token is edited, whatever the working phase: the strictest reading."""
-        return partial(steer, self.model, direction, dose=dose, phase="both")
+        """On general text every token is edited, or for a state follows the edit, whatever the working phase."""
+        form = "initial" if self.config.form == "end" else self.config.form
+        return partial(steer, self.model, direction, dose=dose, phase="both", form=form)
 
     def perplexity_ratio(self, direction: Direction, dose: float, general: General) -> float:
         if general not in self.plain:  # modelled without an intervention once

@@ -6,7 +6,8 @@ import torch
 
 from probes.behaviors import read_behavior
 from probes.capture import capture
-from probes.directions import Pairs, contrast, mean_difference, open_direction, random_direction, save_direction
+from probes.controls import random_direction
+from probes.directions import Pairs, contrast, mean_difference, open_direction, save_direction
 from probes.errors import WrongInput
 
 

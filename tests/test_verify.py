@@ -10,9 +10,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from probes.behaviors import read_behavior
+from probes.controls import random_direction, shuffle_labels, shuffled_direction
 from probes.criteria import Criterion, GateCriteria, decide, open_verdict
 from probes.damage import read_general
-from probes.directions import contrast, mean_difference, random_direction, shuffle_labels, shuffled_direction
+from probes.directions import contrast, mean_difference
 from probes.errors import WrongInput
 from probes.evidence import NARROW, SHORTCOMINGS, control_threshold, judge, sentence
 from probes.model import HybridModel
