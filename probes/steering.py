@@ -35,7 +35,7 @@ from probes.directions import STEERABLE, Direction
 from probes.errors import WrongInput
 from probes.model import HybridModel
 from probes.sites import resolve
-from probes.taps import GDNCall, Run, tapped, without_padding
+from probes.taps import GDNCall, Run, normalized, tapped, without_padding
 
 Phase = Literal["prefill", "decode", "both"]
 Mode = Literal["add", "ablate", "clamp"]
@@ -174,8 +174,7 @@ class _StateTap:
         self.met: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
     def __call__(self, call: GDNCall, run: Run) -> tuple[Tensor, Any]:
-        decoding = call.state is not None
-        call = without_padding(call)  # which would wear off an edit that is made before it
+        decoding = call.continued
         if self.phase != "both" and (self.phase == "decode") != decoding:
             return run(call)
         if self.form == "write":
@@ -183,6 +182,7 @@ class _StateTap:
             return run(self.rewritten(call, first))
         if decoding:
             return run(call if self.form == "initial" or self.seen(call.state) else self.edited(call))
+        call = without_padding(call)  # padding would wear off an edit that is made before it
         first = 0 if self.form == "initial" else max(call.tokens - (self.last or 1), 0)
         if first == 0:
             return run(self.edited(call))
@@ -204,7 +204,7 @@ class _StateTap:
     def rewritten(self, call: GDNCall, first: int) -> GDNCall:
         """Other values for the tokens from `first` on: what each is to be, or has along what D says to its key."""
         heads = self.edit.unit.shape[0]
-        keys = normalize(call.k[:, first:].float(), dim=-1).repeat_interleave(heads // call.k.shape[2], 2)
+        keys = normalized(call.k[:, first:].float()).repeat_interleave(heads // call.k.shape[2], 2)
         told = torch.einsum("pthk,hkv->pthv", keys, self.edit.unit)
         values = call.v[:, first:].float()
         if self.edit.target is None:

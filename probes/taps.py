@@ -43,8 +43,10 @@ class GDNCall:
         q, k: after the convolution, not yet normalised, in the model's dtype.
         v: after the convolution.
         decay: log decay, <= 0, float32. beta: write strength in (0, 1).
-        state: what the layer remembers of earlier forwards, float32; None at the start of a sequence.
+        state: the state before the first of these tokens, float32; None for zeros.
+        continued: whether the forward continues a cache (decoding), rather than starting a sequence (prefill).
         mask: 1 for real tokens, 0 for padding; None when every token is real.
+        options: what else the kernel is told.
     """
 
     q: Float[Tensor, "prompt token head d_k"]
@@ -53,7 +55,9 @@ class GDNCall:
     decay: Float[Tensor, "prompt token v_head"]
     beta: Float[Tensor, "prompt token v_head"]
     state: Float[Tensor, "prompt v_head d_k d_v"] | None
+    continued: bool
     mask: Int[Tensor, "prompt token"] | None
+    options: Mapping[str, Any]
 
     @property
     def tokens(self) -> int:
@@ -119,11 +123,10 @@ class _Switch:
     def __init__(self, layer: Layer, tap: Tap):
         self.layer, self.tap, self.met = layer, tap, False
         self.names = vars(sys.modules[type(layer.mixer).__module__])
+        self.wanted = GDN_KERNELS if layer.kind == "gdn" else (ATTENTION_TABLE,)
         self.replaced: dict[str, Any] = {}
-        wanted = GDN_KERNELS if layer.kind == "gdn" else (ATTENTION_TABLE,)
-        if absent := [name for name in wanted if name not in self.names]:
+        if absent := [name for name in self.wanted if name not in self.names]:
             raise RuntimeError(f"{type(layer.mixer).__module__} has no {absent[0]}: its transformers is not supported")
-        self.wanted = wanted
 
     def install(self) -> list[Any]:
         mixer = self.layer.mixer
@@ -134,10 +137,10 @@ class _Switch:
         ]
 
     def start(self, mixer: Any, args: tuple, kwargs: dict[str, Any]) -> None:
-        self.met, self.mask = False, kwargs.get("attention_mask")
+        self.met, stand_in = False, _Recurrence if self.layer.kind == "gdn" else _Table
         for name in self.wanted:
             self.replaced[name] = self.names[name]
-            self.names[name] = self.stand_in(self.replaced[name])
+            self.names[name] = stand_in(self.replaced[name], self, kwargs.get("attention_mask"))
 
     def end(self, mixer: Any, args: tuple, output: Any) -> None:
         self.names.update(self.replaced)
@@ -146,38 +149,49 @@ class _Switch:
         if output is not None and not self.met:
             raise RuntimeError(f"{self.layer} ran without the call that is tapped: was its forward rewritten?")
 
-    def stand_in(self, original: Any) -> Any:
-        return self.kernel(original) if self.layer.kind == "gdn" else _Table(original, self)
+    def handle(self, call: Any, run: Run) -> Any:
+        self.met = True
+        return self.tap(call, run)
 
-    def kernel(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        def recurrence(query: Tensor, key: Tensor, value: Tensor, *, g: Tensor, beta: Tensor, **options: Any) -> Any:
-            wants_state = options.pop("output_final_state", False)
-            state = options.pop("initial_state", None)
-            mask = self.mask if state is None and self.mask is not None else None
-            call = GDNCall(q=query, k=key, v=value, decay=g, beta=beta, state=state, mask=_whole(mask, query))
 
-            def run(part: GDNCall) -> tuple[Tensor, Tensor]:
-                kept = {**options, "initial_state": part.state, "output_final_state": True}
-                return original(part.q, part.k, part.v, g=part.decay, beta=part.beta, **kept)
+class _Recurrence:
+    """In the place of a gated delta rule, for one layer and as long as it runs."""
 
-            self.met = True
-            outputs, final = self.tap(call, run)
-            return outputs, final if wants_state else None
+    def __init__(self, original: Any, switch: _Switch, mask: Tensor | None):
+        self.original, self.switch, self.mask = original, switch, mask
 
-        return recurrence
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, *, g: Tensor, beta: Tensor, **options: Any) -> Any:
+        wants_state, state = options.pop("output_final_state", False), options.pop("initial_state", None)
+        call = GDNCall(
+            q=query, k=key, v=value, decay=g, beta=beta, state=state, continued=state is not None,
+            mask=_whole(self.mask, query), options=options,
+        )  # fmt: skip
+        outputs, final = self.handle(call)
+        return outputs, final if wants_state else None
+
+    def handle(self, call: GDNCall) -> Any:
+        return self.switch.handle(call, self.run)
+
+    def run(self, call: GDNCall) -> Any:
+        if isinstance(self.original, _Recurrence):  # an earlier tap
+            return self.original.handle(call)
+        return self.original(
+            call.q, call.k, call.v, g=call.decay, beta=call.beta, initial_state=call.state, output_final_state=True,
+            **call.options,
+        )  # fmt: skip
 
 
 def _whole(mask: Tensor | None, query: Tensor) -> Tensor | None:
-    """The mask as integers; None where it hides nothing."""
+    """The mask of these tokens, as integers; None where it hides nothing."""
     if mask is None or mask.shape != query.shape[:2] or bool(mask.all()):
         return None
     return mask.long()
 
 
 class _Table:
-    """transformers' table of attention functions, for one layer and as long as it runs."""
+    """In the place of transformers' table of attention functions, for one layer and as long as it runs."""
 
-    def __init__(self, original: Any, switch: _Switch):
+    def __init__(self, original: Any, switch: _Switch, mask: Tensor | None):
         self.original, self.switch = original, switch
 
     def get_interface(self, name: str, default: Callable[..., Any]) -> Callable[..., Any]:
@@ -187,11 +201,15 @@ class _Table:
             def run(part: AttentionCall) -> tuple[Tensor, Tensor | None]:
                 return function(module, part.q, part.k, part.v, part.mask, **{**options, "scaling": part.scaling})
 
-            self.switch.met = True
             call = AttentionCall(q=query, k=key, v=value, mask=mask, scaling=options["scaling"])
-            return self.switch.tap(call, run)
+            return self.switch.handle(call, run)
 
         return attention
+
+
+def normalized(values: Float[Tensor, "*axes d_k"]) -> Float[Tensor, "*axes d_k"]:
+    """Queries or keys as they meet the state: of length 1, but for the kernel's 1e-6 under the root."""
+    return values * (values.square().sum(-1, keepdim=True) + 1e-6).rsqrt()
 
 
 def without_padding(call: GDNCall) -> GDNCall:
