@@ -20,7 +20,7 @@ point in time, and the recurrence carries the edit to every later token. So `for
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
@@ -85,7 +85,30 @@ def steer(
         with tapped(model, {direction.layer: tap}):
             yield
     else:
-        with _tokens_edited(model, direction, edit, phase=phase, last=last):
+
+        def chosen(decoding: bool) -> slice | None:
+            if phase != "both" and (phase == "decode") != decoding:
+                return None
+            return slice(None) if decoding or last is None else slice(-last, None)
+
+        with _tokens_edited(model, direction, edit, chosen):
+            yield
+
+
+@contextmanager
+def steer_first(model: HybridModel, direction: Direction, *, dose: float, tokens: int = 1) -> Iterator[None]:
+    """Add a direction at the first tokens of every forward (a state: before them), whether or not it continues a cache.
+
+    For prompts that were computed up to their last tokens and are continued many times (`probes.prefixes`): what
+    `steer(phase="prefill", last=tokens)` does to whole prompts, this does to their continuation.
+    """
+    edit = _Edit.of(model, direction, dose=dose, mode="add")
+    if direction.site == "gdn.state":
+        tap = _StateTap(edit=edit, phase="both", form="end", last=None)
+        with tapped(model, {direction.layer: tap}):
+            yield
+    else:
+        with _tokens_edited(model, direction, edit, lambda decoding: slice(0, tokens)):
             yield
 
 
@@ -129,9 +152,12 @@ def _expected_shape(model: HybridModel, direction: Direction) -> tuple[int, ...]
 
 @contextmanager
 def _tokens_edited(
-    model: HybridModel, direction: Direction, edit: _Edit, *, phase: str, last: int | None
+    model: HybridModel, direction: Direction, edit: _Edit, chosen: Callable[[bool], slice | None]
 ) -> Iterator[None]:
-    """Edit the residual stream after a layer, or what its attention heads hand to the output projection."""
+    """Edit the residual stream after a layer, or what its attention heads hand to the output projection.
+
+    `chosen` says which tokens of a forward are edited, given whether it continues a cache; None for none of them.
+    """
     layer, decoding = model.layers[direction.layer], False
 
     def note_phase(_: Any, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -140,11 +166,11 @@ def _tokens_edited(
         decoding = past is not None and past.get_seq_length() > 0
 
     def edited(stream: Tensor) -> Tensor:
-        if phase != "both" and (phase == "decode") != decoding:
+        if (part := chosen(decoding)) is None:
             return stream
-        first = 0 if decoding or last is None else max(stream.shape[1] - last, 0)
-        values = stream[:, first:].unflatten(-1, edit.unit.shape)
-        return torch.cat([stream[:, :first], edit(values).flatten(2)], 1)
+        result = stream.clone()
+        result[:, part] = edit(stream[:, part].unflatten(-1, edit.unit.shape)).flatten(2)
+        return result
 
     def after_block(_: Any, args: tuple, output: Any) -> Any:
         return (edited(output[0]), *output[1:]) if isinstance(output, tuple) else edited(output)

@@ -1,0 +1,184 @@
+"""What a localization is: rows of causal effects, and the conclusion that they allow."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import pandas as pd
+
+from probes.directions import heads_in_words
+from probes.errors import WrongInput
+from probes.prefixes import Channel
+from probes.stats import Estimate
+from probes.store import read_json, write_json
+
+SITES: dict[str, str] = {"resid": "residual stream", "gdn.state": "GDN state", "attn.heads": "attention heads"}
+CHANNEL_NAMES: dict[str, str] = {"state": "GDN state", "convolution": "GDN convolution", "attention": "keys and values"}
+Carrier = Literal["state", "attention", "both", "not shown"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One intervention: what was exchanged or given where, and what it did.
+
+    Attributes:
+        kind: "exchange" or "give".
+        carrier: a channel (exchange: state, convolution, attention) or a site (give: resid, gdn.state, attn.heads).
+        layer: None for all layers that have it. head: None for all heads; in the attention channel a key/value head.
+        effect: nats of log-odds wanted/unwanted, with an interval over topic groups.
+        share: effect over the personas' own effect; NaN where there are no personas.
+        controls: effects of controls of equal size. bar: the percentile of their sizes.
+        least: the smallest effect that counts, in nats.
+    """
+
+    kind: Literal["exchange", "give"]
+    carrier: str
+    layer: int | None
+    head: int | None
+    effect: Estimate
+    share: float
+    controls: tuple[float, ...]
+    bar: float
+    least: float = 0.0
+
+    @property
+    def shown(self) -> bool:
+        """Whether the effect is clear of zero, of meaningless changes of equal size, and of what is negligible."""
+        return self.effect.lower > max(self.bar, 0.0) and self.effect.value >= self.least
+
+    @property
+    def where(self) -> str:
+        layer = "all layers" if self.layer is None else f"layer {self.layer}"
+        return layer + heads_in_words(None if self.head is None else (self.head,))
+
+    def __str__(self) -> str:
+        name = (CHANNEL_NAMES if self.kind == "exchange" else SITES)[self.carrier]
+        share = f"{100 * self.share:7.1f} %" if math.isfinite(self.share) else " " * 9
+        interval = f"[{self.effect.lower:.2f}, {self.effect.upper:.2f}]"
+        return (
+            f"{self.kind:<9}{name:<16}{self.where:<17}{self.effect.value:>7.2f} {interval:<17}{share}   "
+            f"±{self.bar:<6.2f} {'shown' if self.shown else '-'}"
+        )
+
+
+HEADER = (
+    f"{'what':<9}{'carrier':<16}{'where':<17}{'effect':>7} {'95% interval':<17}{'of persona':>9}   {'controls':<7} "
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Localization:
+    """Where a behaviour travels in a model.
+
+    Attributes:
+        carrier: what the exchange of whole channels names.
+        persona: what the personas themselves do, in nats; None for a behaviour without personas.
+        rows: whole channels first, then layers, then heads; exchanges before gifts.
+    """
+
+    behavior: str
+    model: str
+    carrier: Carrier
+    sentence: str
+    persona: Estimate | None
+    rows: tuple[Row, ...]
+    recipe: Mapping[str, Any] = field(repr=False)
+    seconds: float = 0.0
+
+    def frame(self) -> pd.DataFrame:
+        """One row for each intervention; the interval in columns of its own."""
+        return pd.DataFrame([_flat(row) for row in self.rows])
+
+    def layers(self, kind: str, carrier: str) -> list[Row]:
+        """The rows of one carrier that are single layers, in order."""
+        found = [row for row in self.rows if (row.kind, row.carrier) == (kind, carrier)]
+        return [row for row in found if row.layer is not None and row.head is None]
+
+    def table(self) -> str:
+        """The rows as text."""
+        return "\n".join([HEADER.rstrip(), *map(str, self.rows)])
+
+    def as_dict(self) -> dict[str, Any]:
+        """Fields as they are written to localization.json."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    def save(self, path: str | Path) -> Path:
+        write_json(path, self.as_dict())
+        return Path(path)
+
+    def __str__(self) -> str:
+        return f"{self.behavior} on {self.model}: {self.sentence}"
+
+
+def _flat(row: Row) -> dict[str, Any]:
+    place = {"kind": row.kind, "carrier": row.carrier, "layer": row.layer, "head": row.head}
+    effect = {"effect": row.effect.value, "lower": row.effect.lower, "upper": row.effect.upper}
+    counts = {"n": row.effect.n, "groups": row.effect.groups}
+    return {**place, **effect, **counts, "share": row.share, "bar": row.bar, "shown": row.shown}
+
+
+def open_localization(path: str | Path) -> Localization:
+    """Read `localization.json`, from the file or its folder.
+
+    Raises:
+        WrongInput: it is missing or something else.
+    """
+    file = Path(path)
+    file = file / "localization.json" if file.is_dir() else file
+    data = read_json(file)
+    try:
+        rows, persona = [_row(row) for row in data.pop("rows")], data.pop("persona")
+        return Localization(rows=tuple(rows), persona=Estimate(**persona) if persona else None, **data)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise WrongInput(f"{file.name} is not a localization: {error}") from error
+
+
+def _row(found: dict[str, Any]) -> Row:
+    share = math.nan if found["share"] is None else found["share"]
+    controls = tuple(found["controls"])
+    return Row(**{**found, "effect": Estimate(**found["effect"]), "controls": controls, "share": share})
+
+
+def conclude(whole: Mapping[Channel, Row], persona: Estimate | None, lead: Estimate | None) -> tuple[Carrier, str]:
+    """The carrier, and why, in words that a newcomer understands.
+
+    Args:
+        whole: the rows in which a channel was exchanged in all layers; empty without personas.
+        persona: what the personas themselves do.
+        lead: by how much the states' exchange moves more than the attention's, prompt by prompt; None where the model
+            has only one of the two.
+    """
+    if persona is None:
+        return "not shown", (
+            "the behaviour has no personas, so nothing can be exchanged and no carrier is named; "
+            "the rows say what a direction does at each site"
+        )
+    if persona.lower <= 0:
+        seen = f"{persona.value:.2f} nats [{persona.lower:.2f}, {persona.upper:.2f}]"
+        return "not shown", f"the personas move the answers by {seen}, not clear of zero: there is nothing to localise"
+    shown: list[Literal["state", "attention"]] = []
+    for channel in ("state", "attention"):
+        if channel in whole and whole[channel].shown:
+            shown.append(channel)
+    told = f"of the {persona.value:.2f} nats that the personas move the answers by, " + "; ".join(
+        f"exchanging {NAMES[channel]} moves {100 * row.share:.0f} % (controls ±{100 * row.bar / persona.value:.0f} %)"
+        for channel, row in whole.items()
+    )
+    if not shown:
+        return "not shown", f"neither states nor attention move the answers more than their controls: {told}"
+    if len(shown) == 1:
+        return shown[0], f"{VERBS[shown[0]]} it: {told}"
+    if lead is None or lead.lower <= 0 <= lead.upper:
+        return "both", f"the GDN states and the attention both carry it, neither more than the other: {told}"
+    first = "state" if lead.value > 0 else "attention"
+    return first, f"{VERBS[first]} most of it, and the other carries a part: {told}"
+
+
+NAMES: dict[Channel, str] = {
+    "state": "all GDN states", "convolution": "all windows of convolutions", "attention": "all keys and values",
+}  # fmt: skip
+VERBS: dict[Channel, str] = {"state": "the GDN states carry", "attention": "the attention carries"}

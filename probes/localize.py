@@ -1,0 +1,302 @@
+"""Which carries a behaviour: the residual stream, the recurrent state, or the attention? A causal answer for each.
+
+Two interventions, both just before the last prompt token, so that prompts are computed once and only that token and the
+answers are run again (`probes.prefixes`):
+
+*exchange* takes a prompt under the wanted persona and gives it what the same prompt under the unwanted persona left in
+one channel: the states of the GDN layers, the windows of their convolutions, or the keys and values of the attention
+layers. What the personas do to the answer has crossed from one token to the others in these channels and nowhere else,
+so exchanging all three moves exactly all of it, and exchanging one moves the share that travels there. It is done in
+both directions and averaged. The residual stream has no such row: it does not cross tokens.
+
+*give* takes prompts without a persona and adds plus and minus half of the mean difference between the personas at one
+site, at the last prompt token (a state: before it). It needs no persona turns, and asks whether a direction at the site
+is enough.
+
+Every effect is in nats of log-odds wanted/unwanted, with an interval over topic groups, and is held against controls of
+equal size that mean nothing: the same differences turned by random rotations, or random directions with the norm (of a
+state, the spectrum) of the target in every head.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from probes import stats
+from probes.behaviors import Behavior, check_vocabulary
+from probes.controls import random_direction
+from probes.directions import Direction, Pairs, contrast, mean_difference
+from probes.errors import WrongInput
+from probes.localization import SITES, Localization, Row, conclude
+from probes.model import HybridModel
+from probes.prefixes import CHANNELS, Channel, Prefix, Prefixes, continued, disturbed, exchanged, prefixes
+from probes.propensity import Propensity, prepare
+from probes.sites import site as site_named
+from probes.stats import Estimate
+from probes.steering import steer_first
+from probes.store import library_versions
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalizeConfig:
+    """How a behaviour is localised. The same object configures the function and the command."""
+
+    layers: tuple[int, ...] | None = None
+    """Layers to look at one by one; auto (None) takes all."""
+    prompts: int = 48
+    """At most this many held-out prompts."""
+    controls: int = 20
+    """Controls for each row that is one carrier as a whole."""
+    layer_controls: int = 8
+    """Controls for each row that is one layer or head."""
+    head_layers: int = 1
+    """How many layers of each carrier, the strongest ones, are told apart into heads."""
+    held_out: float = 0.4
+    """Share of topic groups that are held out; directions come from the others."""
+    percentile: float = 95.0
+    """The percentile of |control| that an effect has to exceed."""
+    least_share: float = 0.02
+    """Effects below this share of the personas' own are negligible, however clear they are."""
+    seed: int = 0
+    """Decides the split of the topics and every draw."""
+
+    def __post_init__(self) -> None:
+        least = {"prompts": 8, "controls": 1, "layer_controls": 1, "head_layers": 0, "seed": 0}
+        for name, bound in least.items():
+            if getattr(self, name) < bound:
+                raise WrongInput(f"{name} must be at least {bound}, saw {getattr(self, name)}")
+        if not 0 < self.held_out < 1:
+            raise WrongInput(f"held_out must lie between 0 and 1, saw {self.held_out}")
+        if not 50 <= self.percentile <= 100:
+            raise WrongInput(f"percentile must lie between 50 and 100, saw {self.percentile:g}")
+        if not 0 <= self.least_share < 1:
+            raise WrongInput(f"least_share must lie between 0 and 1, saw {self.least_share:g}")
+        if self.layers is not None and not self.layers:
+            raise WrongInput("layers must name at least one layer, or be None for all")
+
+
+def localize(
+    model: HybridModel, behavior: Behavior, config: LocalizeConfig = LocalizeConfig(), *, progress: bool = True
+) -> Localization:
+    """Measure, layer by layer, what a behaviour's carriers do.
+
+    Raises:
+        WrongInput: the behaviour does not fit the tokenizer, too few topic groups, or a layer is out of range.
+    """
+    check_vocabulary(model, behavior)
+    started = time.monotonic()
+    work = _Work(model, behavior, config, progress)
+    with work.bar:
+        rows = work.run()
+    carrier, sentence = conclude(work.whole, work.persona, work.lead)
+    return Localization(
+        behavior=behavior.name, model=model.name, carrier=carrier, sentence=sentence, persona=work.persona,
+        rows=tuple(rows), recipe=recipe(model, behavior, config), seconds=round(time.monotonic() - started, 1),
+    )  # fmt: skip
+
+
+def recipe(model: HybridModel, behavior: Behavior, config: LocalizeConfig) -> dict[str, Any]:
+    """Everything that determines a localization's numbers."""
+    return {
+        "behavior": behavior.name,
+        "behavior_hash": behavior.hash,
+        "model": model.name,
+        "weights_hash": model.weights_hash,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": model.device.type,
+        "config": asdict(config),
+        "versions": library_versions(),
+    }
+
+
+class _Work:
+    """The interventions, in the order in which they run."""
+
+    def __init__(self, model: HybridModel, behavior: Behavior, config: LocalizeConfig, progress: bool):
+        self.model, self.config = model, config
+        self.fit, held = behavior.split(held_out=config.held_out, seed=config.seed)
+        self.judged = held.take(config.prompts, seed=config.seed)
+        self.sites = {name: self.layers_of(name) for name in SITES}
+        self.channels: dict[Channel, tuple[int, ...]] = {
+            channel: self.layers_of("gdn.state" if kind == "gdn" else "attn.heads")
+            for channel, kind in CHANNELS.items()
+        }
+        self.persona: Estimate | None = None
+        self.lead: Estimate | None = None
+        self.whole: dict[Channel, Row] = {}
+        self.moved: dict[Channel, list[float]] = {}
+        self.bar = tqdm(total=self.steps(behavior), desc=f"localize {behavior.name}", disable=not progress, leave=False)
+
+    def layers_of(self, name: str) -> tuple[int, ...]:
+        existing = site_named(name).layers(self.model)
+        if self.config.layers is None:
+            return existing
+        last = len(self.model.layers) - 1
+        for layer in self.config.layers:
+            if not 0 <= layer <= last:
+                raise WrongInput(f"layer {layer} is out of range: {self.model.name} has layers 0 to {last}")
+        return tuple(layer for layer in existing if layer in self.config.layers)
+
+    def steps(self, behavior: Behavior) -> int:
+        """Runs over all held-out prompts, for the progress bar; heads are counted when they are known."""
+        config, layers = self.config, sum(map(len, self.sites.values()))
+        steps = 1 + layers * (2 + 2 * config.layer_controls)
+        if behavior.has_persona:
+            whole = sum(bool(found) for found in self.channels.values())
+            single = sum(len(found) for channel, found in self.channels.items() if channel != "convolution")
+            steps += 2 + whole * (2 + config.controls) + single * (2 + config.layer_controls)
+        return steps
+
+    def run(self) -> list[Row]:
+        rows: list[Row] = []
+        if self.judged.has_persona:
+            both = (
+                prepare(self.model, self.judged, persona="wanted"),
+                prepare(self.model, self.judged, persona="unwanted"),
+            )
+            self.wanted, self.unwanted = prefixes(self.model, *both)
+            self.plain_wanted, self.plain_unwanted = self.score(self.wanted), self.score(self.unwanted)
+            self.persona = self.estimate(self.plain_wanted.minus(self.plain_unwanted))
+            rows += self.exchanges()
+        return rows + self.gifts()
+
+    # -- exchange ------------------------------------------------------------------------------------------------------
+
+    def exchanges(self) -> list[Row]:
+        single: list[Row] = []
+        heads: list[Row] = []
+        for channel, layers in self.channels.items():
+            if not layers:
+                continue
+            all_layers = tuple(
+                layer.index for layer in self.model.of_kind("gdn" if channel != "attention" else "attention")
+            )
+            self.bar.set_postfix_str(f"exchange: {channel}")
+            self.whole[channel] = self.exchange(channel, all_layers, layer=None, controls=self.config.controls)
+            if channel == "convolution":  # a few tokens wide: told as a whole
+                continue
+            count = self.config.layer_controls
+            found = {i: self.exchange(channel, (i,), layer=i, controls=count) for i in layers}
+            single += found.values()
+
+            def one(layer: int, head: int, channel: Channel = channel) -> Row:
+                return self.exchange(channel, (layer,), layer=layer, head=head, controls=self.config.layer_controls)
+
+            heads += self.heads_of(found, one, self.head_count(channel))
+        if {"state", "attention"} <= set(self.moved):
+            pairs = zip(self.moved["state"], self.moved["attention"], strict=True)
+            self.lead = self.estimate([a - b for a, b in pairs])
+        return [*self.whole.values(), *single, *heads]
+
+    def exchange(
+        self, channel: Channel, layers: tuple[int, ...], *, layer: int | None, controls: int, head: int | None = None
+    ) -> Row:
+        """Mean of both ways: what the wanted side loses by the other's content, and what the unwanted side gains."""
+
+        def swapped(part: Prefix, other: Prefix) -> Prefix:
+            return exchanged(self.model, part, other, channel=channel, layers=layers, head=head)
+
+        lost = self.plain_wanted.minus(self.score(self.wanted.each(swapped, self.unwanted)))
+        gained = self.score(self.unwanted.each(swapped, self.wanted)).minus(self.plain_unwanted)
+        noise = []
+        for i in range(controls):
+            seed = stats.derived_seed(self.config.seed, f"exchange {channel} {layer} {head}", i)
+
+            def turned(part: Prefix, other: Prefix, seed: int = seed) -> Prefix:
+                return disturbed(self.model, part, other, channel=channel, layers=layers, seed=seed, head=head)
+
+            noise.append(float(np.mean(self.plain_wanted.minus(self.score(self.wanted.each(turned, self.unwanted))))))
+        moved = [(a + b) / 2 for a, b in zip(lost, gained, strict=True)]
+        if layer is None:
+            self.moved[channel] = moved
+        return self.row("exchange", channel, layer, head, moved, noise)
+
+    # -- give ----------------------------------------------------------------------------------------------------------
+
+    def gifts(self) -> list[Row]:
+        self.bar.set_postfix_str("give: extracting")
+        (self.neutral,) = prefixes(self.model, prepare(self.model, self.judged))
+        self.bar.update()
+        single: list[Row] = []
+        heads: list[Row] = []
+        for site, layers in self.sites.items():
+            if not layers:
+                continue
+            pairs = contrast(self.model, self.fit, site=site, layers=layers, progress=False)
+            self.bar.set_postfix_str(f"give: {SITES[site]}")
+            seed = self.config.seed
+            found = {layer: self.give(mean_difference(pairs[layer], seed=seed), None) for layer in layers}
+            single += found.values()
+
+            def one(layer: int, head: int, pairs: dict[int, Pairs] = pairs, seed: int = seed) -> Row:
+                return self.give(mean_difference(pairs[layer].only([head]), seed=seed), head)
+
+            if site != "resid":
+                heads += self.heads_of(found, one, self.head_count(site))
+        return [*single, *heads]
+
+    def give(self, direction: Direction, head: int | None) -> Row:
+        """Half of the difference between the sides, added and subtracted."""
+        half = direction.gap / 2 / direction.norm
+        noise = []
+        for i in range(self.config.layer_controls):
+            place = f"give {direction.site} {direction.layer} {head}"
+            control = random_direction(direction, seed=stats.derived_seed(self.config.seed, place, i))
+            noise.append(float(np.mean(self.pushed(control, half))))
+        return self.row("give", direction.site, direction.layer, head, self.pushed(direction, half), noise)
+
+    def pushed(self, direction: Direction, dose: float) -> tuple[float, ...]:
+        found = []
+        for sign in (1, -1):
+            with steer_first(self.model, direction, dose=sign * dose):
+                found.append(self.score(self.neutral))
+        return found[0].minus(found[1])
+
+    # -- shared --------------------------------------------------------------------------------------------------------
+
+    def heads_of(self, found: Mapping[int, Row], measure: Callable[[int, int], Row], count: int) -> list[Row]:
+        """The strongest layers that show something, head by head."""
+        strongest = sorted(found, key=lambda layer: -found[layer].effect.value)[: self.config.head_layers]
+        chosen = sorted(layer for layer in strongest if found[layer].shown)
+        if chosen and self.bar.total:
+            both_signs = found[chosen[0]].kind == "give"
+            self.bar.total += len(chosen) * count * (2 + self.config.layer_controls * (1 + both_signs))
+        return [measure(layer, head) for layer in chosen for head in range(count)]
+
+    def head_count(self, carrier: str) -> int:
+        if carrier in ("state", "gdn.state"):
+            return int(self.model.config.linear_num_value_heads)
+        config = self.model.config  # keys and values are shared by groups of heads
+        return int(config.num_attention_heads if carrier == "attn.heads" else config.num_key_value_heads)
+
+    def score(self, begun: Prefixes) -> Propensity:
+        found = continued(self.model, begun)
+        self.bar.update()
+        return found
+
+    def estimate(self, values: Sequence[float]) -> Estimate:
+        return stats.mean(values, [item.group for item in self.judged.items], seed=self.config.seed)
+
+    def row(
+        self, kind: Any, carrier: str, layer: int | None, head: int | None, values: Sequence[float], noise: list[float]
+    ) -> Row:
+        effect = self.estimate(values)
+        whole = self.persona.value if self.persona else float("nan")
+        bar = float(np.percentile(np.abs(noise), self.config.percentile))
+        share = effect.value / whole if whole else float("nan")
+        return Row(
+            kind=kind,
+            carrier=carrier,
+            layer=layer,
+            head=head,
+            effect=effect,
+            share=share,
+            controls=tuple(noise),
+            bar=bar,
+        )
