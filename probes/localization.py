@@ -57,7 +57,7 @@ class Row:
 
     def __str__(self) -> str:
         name = (CHANNEL_NAMES if self.kind == "exchange" else SITES)[self.carrier]
-        share = f"{100 * self.share:7.1f} %" if math.isfinite(self.share) else " " * 9
+        share = f"{100 * self.share + 0.0:7.1f} %" if math.isfinite(self.share) else " " * 9
         interval = f"[{self.effect.lower:.2f}, {self.effect.upper:.2f}]"
         return (
             f"{self.kind:<9}{name:<16}{self.where:<17}{self.effect.value:>7.2f} {interval:<17}{share}   "

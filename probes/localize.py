@@ -288,15 +288,8 @@ class _Work:
     ) -> Row:
         effect = self.estimate(values)
         whole = self.persona.value if self.persona else float("nan")
-        bar = float(np.percentile(np.abs(noise), self.config.percentile))
-        share = effect.value / whole if whole else float("nan")
         return Row(
-            kind=kind,
-            carrier=carrier,
-            layer=layer,
-            head=head,
-            effect=effect,
-            share=share,
-            controls=tuple(noise),
-            bar=bar,
-        )
+            kind=kind, carrier=carrier, layer=layer, head=head, effect=effect, share=effect.value / whole,
+            controls=tuple(noise), bar=float(np.percentile(np.abs(noise), self.config.percentile)),
+            least=self.config.least_share * abs(whole) if self.persona else 0.0,
+        )  # fmt: skip

@@ -1,0 +1,171 @@
+"""Localization on truths that are known: planted, trained by construction, or without anything to find."""
+
+import math
+from dataclasses import replace
+
+import pytest
+
+from probes.behaviors import read_behavior
+from probes.controls import random_direction
+from probes.directions import contrast, mean_difference
+from probes.errors import WrongInput
+from probes.localization import Row, conclude, open_localization
+from probes.localize import LocalizeConfig, localize, recipe
+from probes.prefixes import continued, prefixes
+from probes.propensity import prepare, propensity
+from probes.stats import Estimate
+from probes.steering import steer, steer_first
+
+QUICK = LocalizeConfig(prompts=16, controls=5, layer_controls=2)
+
+
+@pytest.fixture(scope="module")
+def found(organism):
+    return localize(organism, read_behavior("follow-direction"), QUICK, progress=False)
+
+
+def test_in_the_organism_the_states_carry_it(found):
+    """By construction attention saw neither the persona nor the token that decides."""
+    print(found.table())
+    assert found.carrier == "state"
+    whole = {row.carrier: row for row in found.rows if row.kind == "exchange" and row.layer is None}
+    assert whole["state"].share > 0.95
+    assert abs(whole["attention"].share) < 0.05
+    assert abs(whole["convolution"].share) < 0.05
+    assert not whole["attention"].shown
+
+
+def test_shares_are_what_the_effects_are_of_the_personas(found):
+    for row in found.rows:
+        assert row.share == pytest.approx(row.effect.value / found.persona.value)
+        assert row.effect.lower <= row.effect.value <= row.effect.upper
+        assert len(row.controls) == (5 if row.layer is None else 2)
+
+
+def test_the_personas_effect_is_that_of_whole_prompts(organism, found):
+    judged = read_behavior("follow-direction").split(held_out=0.4, seed=0)[1].take(16, seed=0)
+    wanted, unwanted = (propensity(organism, prepare(organism, judged, persona=p)) for p in ("wanted", "unwanted"))
+    assert found.persona.value == pytest.approx(sum(wanted.minus(unwanted)) / 16, abs=1e-3)
+
+
+def test_every_layer_is_asked_once_and_strong_ones_head_by_head(found):
+    assert [row.layer for row in found.layers("exchange", "state")] == [0, 1, 2, 4, 5, 6]
+    assert [row.layer for row in found.layers("exchange", "attention")] == [3, 7]
+    assert [row.layer for row in found.layers("give", "resid")] == list(range(8))
+    heads = [(row.layer, row.head) for row in found.rows if row.kind == "exchange" and row.head is not None]
+    strongest = max(found.layers("exchange", "state"), key=lambda row: row.effect.value)
+    assert heads == [(strongest.layer, 0), (strongest.layer, 1)]
+
+
+@pytest.mark.parametrize("site", ["resid", "gdn.state", "attn.heads"])
+def test_a_gift_to_a_continuation_is_a_gift_to_the_last_prompt_token(organism, site):
+    """The shortcut through prefixes against steering whole prompts."""
+    behavior = read_behavior("follow-direction").take(12)
+    layer = {"resid": 4, "gdn.state": 4, "attn.heads": 3}[site]
+    direction = mean_difference(contrast(organism, behavior, site=site, layers=[layer], progress=False)[layer])
+    prepared = prepare(organism, behavior)
+    (begun,) = prefixes(organism, prepared)
+    for one, dose in ((direction, 0.3), (random_direction(direction, seed=1), 2.0)):
+        with steer_first(organism, one, dose=dose):
+            short = continued(organism, begun)
+        with steer(organism, one, dose=dose, phase="prefill", last=1):
+            whole = propensity(organism, prepared)
+        assert max(map(abs, short.minus(whole))) < 1e-3
+        assert max(map(abs, whole.minus(propensity(organism, prepared)))) > 1e-2
+
+
+def test_attention_is_named_where_there_is_nothing_else(llama):
+    """Untrained weights follow no persona to speak of: whatever is moved crosses in keys and values."""
+    result = localize(llama, read_behavior("sentiment"), replace(QUICK, least_share=0.0), progress=False)
+    assert {row.carrier for row in result.rows if row.kind == "exchange"} == {"attention"}
+    assert result.carrier in ("attention", "not shown")
+    whole = next(row for row in result.rows if row.layer is None)
+    assert whole.share == pytest.approx(1.0, abs=1e-4)
+
+
+def test_without_personas_only_gifts_are_left(organism):
+    behavior = read_behavior("sentiment")
+    bare = replace(behavior, items=tuple(replace(item, persona=None) for item in behavior.items))
+    result = localize(organism, bare, replace(QUICK, layers=(3, 4), head_layers=0), progress=False)
+    assert result.carrier == "not shown"
+    assert result.persona is None
+    assert "has no personas" in result.sentence
+    assert {row.kind for row in result.rows} == {"give"}
+    assert {(row.carrier, row.layer) for row in result.rows} == {
+        ("resid", 3), ("resid", 4), ("gdn.state", 4), ("attn.heads", 3),
+    }  # fmt: skip
+    assert all(math.isnan(row.share) for row in result.rows)
+
+
+def test_a_localization_is_repeated_number_for_number_and_survives_the_disk(organism, tmp_path):
+    config = replace(QUICK, prompts=8, layers=(4,), head_layers=0)
+    one, two = (localize(organism, read_behavior("sentiment"), config, progress=False) for _ in range(2))
+    assert one.rows == two.rows
+    one.save(tmp_path / "localization.json")
+    back = open_localization(tmp_path)
+    assert replace(back, recipe=one.recipe) == one  # JSON has lists where the recipe has tuples
+    assert back.frame().equals(one.frame())
+    assert list(one.frame()["layer"].dropna().unique()) == [4]
+    (tmp_path / "other.json").write_text('{"rows": [{}], "persona": null}')
+    with pytest.raises(WrongInput, match=r"other.json is not a localization"):
+        open_localization(tmp_path / "other.json")
+    assert recipe(organism, read_behavior("sentiment"), config)["weights_hash"] == organism.weights_hash
+
+
+def row(carrier, low, high, bar=0.5, layer=None):
+    effect = Estimate(value=(low + high) / 2, lower=low, upper=high, n=48, groups=6)
+    kind = "exchange"
+    return Row(
+        kind=kind, carrier=carrier, layer=layer, head=None, effect=effect, share=effect.value / 10, controls=(bar,),
+        bar=bar, least=0.2,
+    )  # fmt: skip
+
+
+PERSONA = Estimate(value=10.0, lower=9.0, upper=11.0, n=48, groups=6)
+
+
+@pytest.mark.parametrize(
+    ("state", "attention", "lead", "carrier", "words"),
+    [
+        ((9, 11), (-0.1, 0.1), (9, 11), "state", "the GDN states carry it: "),
+        ((-0.1, 0.1), (9, 11), (-11, -9), "attention", "the attention carries it: "),
+        ((4, 6), (4, 6), (-1, 1), "both", "both carry it"),
+        ((7, 8), (2, 3), (4, 6), "state", "carry most of it"),
+        ((2, 3), (7, 8), (-6, -4), "attention", "carries most of it"),
+        ((-0.1, 0.4), (-1, 0.3), (-1, 1), "not shown", "neither states nor attention"),
+    ],
+)
+def test_the_conclusion_names_what_the_rows_allow(state, attention, lead, carrier, words):
+    whole = {"state": row("state", *state), "attention": row("attention", *attention)}
+    between = Estimate(value=sum(lead) / 2, lower=lead[0], upper=lead[1], n=48, groups=6)
+    named, sentence = conclude(whole, PERSONA, between)
+    assert named == carrier
+    assert words in sentence
+
+
+def test_where_the_personas_move_nothing_there_is_nothing_to_localise():
+    nothing = replace(PERSONA, value=0.1, lower=-0.2)
+    whole = {"state": row("state", 9, 11)}
+    assert conclude(whole, nothing, None)[0] == "not shown"
+
+
+def test_small_or_noisy_effects_are_not_shown():
+    assert row("state", 1.0, 2.0, bar=0.5).shown
+    assert not row("state", 1.0, 2.0, bar=1.2).shown  # controls do as much
+    assert not row("state", -0.1, 2.0, bar=0.0).shown  # not clear of zero
+    assert not row("state", 0.05, 0.15, bar=0.0).shown  # clear, and negligible
+
+
+def test_wrong_configurations_are_refused(organism):
+    for fields, message in (
+        ({"prompts": 4}, "prompts must be at least 8, saw 4"),
+        ({"controls": 0}, "controls must be at least 1, saw 0"),
+        ({"held_out": 1.0}, "held_out must lie between 0 and 1"),
+        ({"percentile": 101.0}, "percentile must lie between 50 and 100, saw 101"),
+        ({"least_share": -0.1}, "least_share must lie between 0 and 1"),
+        ({"layers": ()}, "layers must name at least one layer"),
+    ):
+        with pytest.raises(WrongInput, match=message):
+            LocalizeConfig(**fields)
+    with pytest.raises(WrongInput, match="layer 12 is out of range: organism has layers 0 to 7"):
+        localize(organism, read_behavior("sentiment"), LocalizeConfig(layers=(12,)), progress=False)
