@@ -14,10 +14,10 @@ export GOMP_SPINCOUNT ?= 2000
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test lint organism real-model clean
+.PHONY: help install demo test lint organism organism-state organism-attention real-model clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: $(STAMP) ## create .venv with everything the other targets need
 
@@ -35,6 +35,12 @@ lint: $(STAMP) ## check style, formatting, types and the direction of imports
 
 organism: $(STAMP) ## train the organism again from its recipe
 	@$(BIN)/python -m training.organism --build
+
+organism-state: $(STAMP) ## train the control whose attention adds nothing
+	@$(BIN)/python -m training.organism --build --kind state
+
+organism-attention: $(STAMP) ## train the control whose states forget at once
+	@$(BIN)/python -m training.organism --build --kind attention
 
 real-model: $(REAL_MODEL) ## fetch a small pretrained language model (93 MB) into models/
 	@echo "$(REAL_MODEL)"

@@ -1,22 +1,17 @@
-"""One verdict, one page: an HTML file that explains itself and loads nothing.
+"""One verdict, one page: an HTML file that explains itself and loads nothing (see `analysis.pages`).
 
-The page is made from a `Verdict` alone, so it can be written again from `verdict.json` at any time. Text from data
-files and models is escaped (jinja2 with autoescape), plotly.js is inside the file, and a content security policy in
-the page forbids every request, so the file can be mailed, archived and opened without a network. What the page says
-in its own words is in `templates/report.html.j2`.
+The page is made from a `Verdict` alone, so it can be written again from `verdict.json` at any time. What it says in its
+own words is in `templates/verdict.html.j2`.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
-
-from analysis.figures import as_html, draw, plotly_script
+from analysis.figures import draw
+from analysis.pages import as_sentence, render_page, settings, typeset
 from analysis.words import number, ratio
 from probes.criteria import Criterion, Verdict
 from probes.store import write_text
@@ -48,9 +43,6 @@ THRESHOLDS = {
     "min_tokens": "8: fewest scored tokens of ordinary text",
     "min_answers": "8: fewest free answers",
 }
-_PAGES = Environment(
-    loader=PackageLoader("analysis"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-)
 
 
 def write_report(verdict: Verdict, path: str | Path) -> Path:
@@ -63,26 +55,24 @@ def render(verdict: Verdict) -> str:
     """The page as a string; equal verdicts give equal pages."""
     evidence, deciding = verdict.evidence, [c for c in verdict.criteria if c.status != "reported"]
     chosen = next((row for row in evidence.get("layers") or [] if row["chosen"]), None)
-    return _PAGES.get_template("report.html.j2").render(
-        verdict=verdict,
-        sentence=_typeset(verdict.sentence[:1].upper() + verdict.sentence[1:]),
-        consequence=OUTCOMES[verdict.verdict],
-        tally=f"{sum(c.status == 'pass' for c in deciding)} of {len(deciding)} deciding criteria passed.",
-        kind={"gdn": "GDN"}.get(chosen["kind"], chosen["kind"]) if chosen else "",
-        asked=_asked(evidence.get("behavior") or {}),
-        criteria=[_criterion(c) for c in verdict.criteria],
-        plotly=Markup(plotly_script()),
-        figures=_figures(verdict),
-        conditions=CONDITIONS,
-        shares=_shares(evidence.get("generation") or {}),
-        examples=[_example(row) for row in evidence.get("examples") or []],
-        shown=EXAMPLES_SHOWN,
-        direction=_direction(evidence.get("direction") or {}),
-        split=evidence.get("split") or {"fit": [], "held_out": []},
-        cost=_cost(verdict.cost),
-        thresholds=_thresholds(verdict.recipe),
-        recipe=json.dumps(verdict.recipe, indent=2, ensure_ascii=False, default=str),
-    )
+    facts = {
+        "verdict": verdict,
+        "sentence": as_sentence(verdict.sentence),
+        "consequence": OUTCOMES[verdict.verdict],
+        "tally": f"{sum(c.status == 'pass' for c in deciding)} of {len(deciding)} deciding criteria passed.",
+        "kind": {"gdn": "GDN"}.get(chosen["kind"], chosen["kind"]) if chosen else "",
+        "asked": _asked(evidence.get("behavior") or {}),
+        "criteria": [_criterion(c) for c in verdict.criteria],
+        "conditions": CONDITIONS,
+        "shares": _shares(evidence.get("generation") or {}),
+        "examples": [_example(row) for row in evidence.get("examples") or []],
+        "shown": EXAMPLES_SHOWN,
+        "direction": _direction(evidence.get("direction") or {}),
+        "split": evidence.get("split") or {"fit": [], "held_out": []},
+        "cost": _cost(verdict.cost),
+        "thresholds": settings((verdict.recipe.get("config") or {}).get("criteria") or {}, THRESHOLDS),
+    }
+    return render_page("verdict.html.j2", draw(verdict), verdict.recipe, facts)
 
 
 def _asked(found: Mapping[str, Any]) -> dict[str, Any]:
@@ -92,7 +82,7 @@ def _asked(found: Mapping[str, Any]) -> dict[str, Any]:
 
 def _criterion(c: Criterion) -> dict[str, Any]:
     """One row of the table, in words."""
-    rule = _typeset(c.rule)
+    rule = typeset(c.rule)
     return {
         "number": c.number,
         "name": c.name,
@@ -103,17 +93,6 @@ def _criterion(c: Criterion) -> dict[str, Any]:
         "rule": f"{rule} {number(c.threshold)}" if rule.endswith((">", "≥", "≤", "<")) else rule,
         "n": f"{c.n:,}" if c.n else "–",
     }
-
-
-def _typeset(text: str) -> str:
-    return text.replace(">=", "≥").replace("<=", "≤")
-
-
-def _figures(verdict: Verdict) -> list[dict[str, Any]]:
-    return [
-        {"name": name, "title": figure.layout["title"]["text"], "html": Markup(as_html(figure, name))}
-        for name, figure in draw(verdict).items()
-    ]
 
 
 def _shares(generation: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -153,8 +132,3 @@ def _direction(found: Mapping[str, Any]) -> dict[str, str]:
 def _cost(cost: Mapping[str, Any]) -> dict[str, str]:
     words = {"forward_tokens": "tokens through the model", "seconds": "seconds"}
     return {words.get(key, key): number(value) for key, value in cost.items()}
-
-
-def _thresholds(recipe: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    rules: Mapping[str, Any] = (recipe.get("config") or {}).get("criteria") or {}
-    return [(key, number(value), THRESHOLDS.get(key, "")) for key, value in rules.items()]

@@ -18,6 +18,11 @@ def real(value: float | None) -> float:
     return math.nan if value is None else float(value)
 
 
+def reals(values: Iterable[Any]) -> list[float]:
+    """Numbers of any kind (of arrays and tensors, too), NaN for None."""
+    return [math.nan if value is None else float(value) for value in values]
+
+
 def finite(values: Iterable[float | None]) -> list[float]:
     return [value for value in values if value is not None and math.isfinite(value)]
 
@@ -68,3 +73,25 @@ def searched(row: Numbers) -> str:
         f"AUROC {number(row['auroc'])}, reliability {number(row['reliability'])}",
         f"perplexity ratio {ratio(row['perplexity_ratio'])}",
     )
+
+
+def percent(share: float | None) -> str:
+    """A share in percent, with one decimal below ten; "not measured" for NaN and None."""
+    if share is None or not math.isfinite(share):
+        return number(share)
+    text = f"{100 * share:.{0 if abs(share) >= 0.0995 else 1}f}".removesuffix(".0")
+    return ("0" if text == "-0" else text.replace("-", "−", 1)) + "%"
+
+
+def nats(value: float | None) -> str:
+    """Two decimals, without a sign on zero; "not measured" for NaN and None."""
+    if value is None or not math.isfinite(value):
+        return number(value)
+    text = f"{value:,.2f}"
+    return "0.00" if text == "-0.00" else text.replace("-", "−", 1)
+
+
+def limits(numbers: Numbers) -> str:
+    """lower to upper, in nats; empty where there is no interval."""
+    ends = finite([numbers["lower"], numbers["upper"]])
+    return f"{nats(ends[0])} to {nats(ends[1])}" if len(ends) == 2 else ""

@@ -1,4 +1,4 @@
-"""The command line: `dispositions verify | capture | behaviors | report`.
+"""The command line: `dispositions verify | localize | probe | capture | behaviors | report`.
 
 Exit codes: 0 PASS (or done), 1 FAIL, 3 INCONCLUSIVE, 2 wrong input (one line says what is wrong), 70 a fault of the
 program itself.
@@ -13,15 +13,18 @@ from collections.abc import Sequence
 
 import tyro
 
-from dispositions.commands import Behaviors, Capture, Report, Verify
+from dispositions.commands import Behaviors, Capture, Localize, Probe, Report, Verify
 from probes.errors import WrongInput
 
 LAYERS = tuple[int, ...] | None
-COMMANDS = {"verify": Verify, "capture": Capture, "behaviors": Behaviors, "report": Report}
+COMMANDS = {
+    "verify": Verify, "localize": Localize, "probe": Probe, "capture": Capture, "behaviors": Behaviors,
+    "report": Report,
+}  # fmt: skip
 
 
 def _registry() -> tyro.constructors.ConstructorRegistry:
-    """Layers are written `auto` or `3,5` on the command line."""
+    """Layers and heads are written `auto` or `3,5` on the command line."""
     registry = tyro.constructors.ConstructorRegistry()
 
     @registry.primitive_rule
@@ -45,7 +48,7 @@ def _layers(text: str) -> tuple[int, ...] | None:
     try:
         return tuple(int(word) for word in text.split(","))
     except ValueError:
-        raise WrongInput(f"layers are written auto, 3 or 3,5, saw '{text}'") from None
+        raise WrongInput(f"layers and heads are written auto, 3 or 3,5, saw '{text}'") from None
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 from tyro.conf import Positional
 
+from analysis.localization_report import write_localization_report
 from analysis.report import write_report
 from probes.behaviors import Behavior, check_vocabulary, read_behavior, shipped_behaviors
 from probes.capture import capture
 from probes.criteria import Verdict, open_verdict
-from probes.directions import save_direction
+from probes.directions import contrast, save_direction
 from probes.errors import WrongInput
+from probes.linear import ProbeConfig, cells, probe_all
+from probes.localization import open_localization
+from probes.localize import LocalizeConfig, localize
+from probes.localize import recipe as localize_recipe
 from probes.model import HybridModel, load
-from probes.store import RECIPE, read_json, recipe_differs, write_json
+from probes.sites import positions_at
+from probes.store import RECIPE, read_json, recipe_differs, write_json, write_text
 from probes.verify import GateConfig, recipe, verify
 
 BehaviorName = Annotated[Positional[str], tyro.conf.arg(metavar="BEHAVIOR")]
@@ -42,7 +48,7 @@ class Verify:
     behavior: BehaviorName
     """A shipped behaviour (see `dispositions behaviors`) or a JSONL file of contrast pairs."""
     model: str = "organism"
-    """organism, a local folder, a .gguf file or a hub id."""
+    """organism, organism-state, organism-attention, a local folder, a .gguf file or a hub id."""
     out: Path | None = None
     """Folder of the run; runs/BEHAVIOR-MODEL when not given. A finished run of the same recipe is not repeated."""
     device: Device = "cpu"
@@ -55,7 +61,7 @@ class Verify:
         check_vocabulary(model, behavior)
         out = self.out or Path("runs") / f"{_slug(behavior.name)}-{_model_slug(self.model)}"
         asked = {"kind": "verify", **recipe(model, behavior, self.gate)}
-        finished = _claim(out, asked) and (out / "verdict.json").is_file()
+        finished = _claim(out, asked, "verdict.json") and (out / "verdict.json").is_file()
         print(model)
         print(behavior)
         if finished:
@@ -71,24 +77,129 @@ class Verify:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Localize:
+    """Tell which carries a behaviour: the residual stream, the recurrent state, or the attention.
+
+    Exchanges what the two personas left in the states, the convolutions, and the keys and values, layer by layer, and
+    gives prompts without a persona the mean difference at each site. Prints a table of causal effects with intervals
+    and controls of equal size, and writes localization.json and report.html.
+
+    dispositions localize follow-direction
+
+    dispositions localize sentiment --model organism-attention --out runs/where
+    """
+
+    behavior: BehaviorName
+    """A shipped behaviour (see `dispositions behaviors`) or a JSONL file of contrast pairs."""
+    model: str = "organism"
+    """organism, organism-state, organism-attention, a local folder, a .gguf file or a hub id."""
+    out: Path | None = None
+    """Folder of the run; runs/localize-BEHAVIOR-MODEL when not given. A finished run of the same recipe is not
+    repeated."""
+    device: Device = "cpu"
+    dtype: Dtype = "auto"
+    config: LocalizeConfig = field(default_factory=LocalizeConfig)
+
+    def run(self) -> int:
+        behavior = read_behavior(self.behavior)
+        model = load(self.model, device=self.device, dtype=self.dtype)
+        check_vocabulary(model, behavior)
+        out = self.out or Path("runs") / f"localize-{_slug(behavior.name)}-{_model_slug(self.model)}"
+        asked = {"kind": "localize", **localize_recipe(model, behavior, self.config)}
+        finished = _claim(out, asked, "localization.json") and (out / "localization.json").is_file()
+        print(model)
+        print(behavior)
+        if finished:
+            print(f"{out} holds this localization already")
+            found = open_localization(out)
+        else:
+            found = localize(model, behavior, self.config)
+            found.save(out / "localization.json")
+        print(found.table())
+        print(f"{found.carrier}: {found.sentence}")
+        print(write_localization_report(found, out / "report.html"))
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probe:
+    """Tell at which layers and heads wanted and unwanted can be told apart by a linear probe.
+
+    Logistic regression on the two sides of a behaviour, scored on topics it was not fitted on, against the same probe
+    with swapped sides, corrected for all layers and heads together. Prints a table and writes probes.csv. What can be
+    decoded is not yet what the model uses: `dispositions localize` and `verify` tell that.
+
+    dispositions probe follow-direction --site gdn.state
+    """
+
+    behavior: BehaviorName
+    """A shipped behaviour (see `dispositions behaviors`) or a JSONL file of contrast pairs."""
+    model: str = "organism"
+    """organism, organism-state, organism-attention, a local folder, a .gguf file or a hub id."""
+    site: str = "gdn.state"
+    """Any site of `dispositions capture` that has one shape for all prompts."""
+    layers: tuple[int, ...] | None = None
+    """Layers, such as 3,5; auto takes every layer that has the site."""
+    prompts: int = 96
+    """At most this many contrast pairs, spread over the topics."""
+    out: Path | None = None
+    """Folder; runs/probe-BEHAVIOR-MODEL-SITE when not given."""
+    device: Device = "cpu"
+    dtype: Dtype = "auto"
+    config: ProbeConfig = field(default_factory=ProbeConfig)
+
+    def run(self) -> int:
+        behavior = read_behavior(self.behavior).take(self.prompts, seed=self.config.seed)
+        model = load(self.model, device=self.device, dtype=self.dtype)
+        check_vocabulary(model, behavior)
+        out = self.out or Path("runs") / f"probe-{_slug(behavior.name)}-{_model_slug(self.model)}-{_slug(self.site)}"
+        asked = {
+            "kind": "probe", "behavior": behavior.name, "behavior_hash": behavior.hash, "model": model.name,
+            "weights_hash": model.weights_hash, "site": self.site, "layers": self.layers, "prompts": self.prompts,
+            "config": asdict(self.config),
+        }  # fmt: skip
+        _claim(out, asked, "probes.csv")
+        pairs = contrast(model, behavior, site=self.site, layers=self.layers)
+        groups = next(iter(pairs.values())).groups
+        found = probe_all(cells(pairs), groups, site=self.site, config=self.config)
+        print(model)
+        print(behavior)
+        for result in found.results:
+            print(result)
+        write_text(out / "probes.csv", found.frame().to_csv(index=False))
+        print(found)
+        print(out / "probes.csv")
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class Capture:
     """Record what happens inside a model on a behaviour's prompts, to a folder of safetensors.
 
     Resumes where an interrupted capture stopped. Read it back with probes.store.open_capture(folder).
 
     dispositions capture follow-direction --sites resid gdn.state --persona wanted --out runs/states
+
+    dispositions capture follow-direction --sites gdn.state attn.pattern --positions gdn.state=last:direction
+
+    dispositions capture follow-direction --sites resid --positions generated --new-tokens 16
     """
 
     behavior: BehaviorName
     """A shipped behaviour or a JSONL file; its prompts are captured up to the point where the model answers."""
     model: str = "organism"
-    """organism, a local folder, a .gguf file or a hub id."""
+    """organism, organism-state, organism-attention, a local folder, a .gguf file or a hub id."""
     sites: tuple[str, ...] = ("resid",)
-    """resid, mixer, mlp, gdn.state, attn.heads."""
+    """resid, mixer, mlp; in GDN layers gdn.q, gdn.k, gdn.v, gdn.beta, gdn.decay, gdn.gate, gdn.readout, gdn.heads,
+    gdn.state, gdn.conv, gdn.attention; in attention layers attn.q, attn.k, attn.v, attn.gate, attn.pattern,
+    attn.heads."""
     layers: tuple[int, ...] | None = None
     """Layers, such as 3,5; auto takes every layer that has the site."""
-    positions: str = "last"
-    """last, all, or mean:context, mean:direction, mean:decision."""
+    positions: tuple[str, ...] = ("last",)
+    """last, all, generated, or last:, tokens: or mean: before context, direction or decision (mean:generated too); for
+    single sites, SITE=WORD."""
+    new_tokens: int = 0
+    """Continue each prompt greedily by at most this many tokens, and record these too."""
     persona: str = "none"
     """Put the system turn of one side in front: none, wanted or unwanted."""
     out: Path | None = None
@@ -104,7 +215,10 @@ class Capture:
         check_vocabulary(model, behavior)
         prompts = _prompts(model, behavior, self.persona)
         out = self.out or Path("runs") / f"capture-{_slug(behavior.name)}-{_model_slug(self.model)}"
-        record = capture(model, prompts, sites=self.sites, layers=self.layers, positions=self.positions, out=out)
+        record = capture(
+            model, prompts, sites=self.sites, layers=self.layers, positions=_positions(self.positions, self.sites),
+            new_tokens=self.new_tokens, out=out,
+        )  # fmt: skip
         print(record)
         print(out)
         return 0
@@ -158,8 +272,18 @@ def _prompts(model: HybridModel, behavior: Behavior, persona: str) -> list:
     return [item.prompt(model, persona=side) for item in behavior.items]
 
 
-def _claim(out: Path, asked: dict) -> bool:
-    """Take a run folder for a recipe; True when it already holds this one.
+def _positions(words: tuple[str, ...], sites: tuple[str, ...]) -> str | dict[str, str]:
+    """One word for all sites, or words by site with at most one for the others ("last" when there is none)."""
+    by_site = dict(word.split("=", 1) for word in words if "=" in word)
+    rest = [word for word in words if "=" not in word]
+    if len(rest) > 1 or len(by_site) + len(rest) < len(words):
+        raise WrongInput(f"positions are one word, and SITE=WORD once for a site; saw {' '.join(words)}")
+    everywhere = rest[0] if rest else "last"
+    return {site: positions_at(site, everywhere) for site in sites} | by_site if by_site else everywhere
+
+
+def _claim(out: Path, asked: dict, result: str) -> bool:
+    """Take a run folder for a recipe whose result is written last; True when it already holds this recipe.
 
     Raises:
         WrongInput: it is a file, or it holds another recipe.
@@ -171,8 +295,8 @@ def _claim(out: Path, asked: dict) -> bool:
         if not isinstance(old, dict):
             raise WrongInput(f"'{out / RECIPE}' is not a recipe; choose another --out or remove it")
         difference = recipe_differs(old, asked)
-        # a run that stopped before its verdict has nothing to lose; another kind of run (a capture) does
-        if difference and (old.get("kind") != "verify" or (out / "verdict.json").is_file()):
+        # a run that stopped before its result has nothing to lose; another kind of run does
+        if difference and (old.get("kind") != asked["kind"] or (out / result).is_file()):
             raise WrongInput(f"'{out}' holds another recipe ({difference}); choose another --out or remove it")
         if not difference:
             return True

@@ -4,10 +4,10 @@ Extraction has two steps. `contrast` records both sides of a behaviour at a site
 into a `Direction`, a unit vector in the site's space that points from unwanted to wanted, with its reliability: how
 well directions from two disjoint halves of the topic groups agree. A direction whose halves disagree is noise.
 
-Three sites can hold a direction. In the residual stream (`resid`) it is a vector, in an attention layer (`attn.heads`)
-one vector for each head, and in a GDN layer (`gdn.state`) one matrix for each value head, since a state is a map from
-keys to values. All are stored flat, as one unit vector with its `shape`, so the same code compares, controls and judges
-them. Three extractions exist:
+Three sites can be steered along a direction. In the residual stream (`resid`) it is a vector, in an attention layer
+(`attn.heads`) one vector for each head, and in a GDN layer (`gdn.state`) one matrix for each value head, since a state
+is a map from keys to values. All are stored flat, as one unit vector with its `shape`, so the same code compares,
+controls and judges them. Three extractions exist:
 
     mean        wanted minus unwanted, on average (arXiv:2312.06681)
     low-rank    for states: each head's mean difference, cut to its largest singular values; a GDN layer writes rank 1
@@ -39,7 +39,7 @@ from probes.capture import capture
 from probes.errors import WrongInput
 from probes.model import HybridModel
 from probes.prompts import Prompt, answer_ids
-from probes.sites import resolve
+from probes.sites import SITES, resolve
 from probes.stats import Estimate, repeated, spearman_brown, split_groups
 from probes.store import read_metadata, read_tensors, write_tensors
 
@@ -120,6 +120,11 @@ class Pairs:
         """The mean of the two sides' means."""
         return (self.wanted.mean(0) + self.unwanted.mean(0)) / 2
 
+    @property
+    def equal(self) -> bool:
+        """Whether the two sides have the same mean, so that there is no direction."""
+        return not bool(self.differences.mean(0).any())
+
     def where(self, mask: NDArray[np.bool_]) -> Pairs:
         """The pairs at which a mask is true."""
         index = torch.from_numpy(np.flatnonzero(mask))
@@ -161,16 +166,16 @@ def contrast(
 
     Args:
         layers: 0-based; None for every layer that has the site.
-        site: one of `STEERABLE`.
+        site: any site whose values have one shape for all prompts; those of `STEERABLE` can also be steered.
         positions: as in `capture`, or "auto": the last prompt token for a persona contrast, the mean over the answer
             for an answer contrast (a state is always read after the last token).
 
     Raises:
-        WrongInput: a site that cannot hold a direction, or a layer without it.
+        WrongInput: a site without a fixed shape, or a layer without it.
     """
-    if site not in STEERABLE:
-        raise WrongInput(f"no direction can be taken at '{site}'; allowed are {', '.join(STEERABLE)}")
     chosen = resolve(model, site, layers)
+    if "source" in SITES[site].axes:
+        raise WrongInput(f"'{site}' has one entry for each earlier token, so prompts cannot be contrasted there")
     kind: Contrast = "persona" if behavior.has_persona else "answer"
     if positions == "auto":
         positions = "last" if kind == "persona" or site == "gdn.state" else "mean:decision"
@@ -281,9 +286,9 @@ def _divided(raw: Tensor, samples: Tensor) -> Tensor:
 
 
 def _direction(pairs: Pairs, raw_of: Raw, *, method: str, seed: int) -> Direction:
-    difference, raw = _mean(pairs), raw_of(pairs)
-    if float(difference.norm()) == 0.0:
+    if pairs.equal:
         raise WrongInput(f"both sides of '{pairs.behavior}' are equal at layer {pairs.layer}: there is no direction")
+    difference, raw = _mean(pairs), raw_of(pairs)
     vector = raw / raw.norm()
     norms = torch.cat([pairs.wanted, pairs.unwanted]).norm(dim=1)
     return Direction(

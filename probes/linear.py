@@ -40,14 +40,13 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from probes.directions import Pairs
 from probes.errors import WrongInput
 from probes.stats import DRAWS, Estimate, Floats, derived_seed
 from probes.store import library_versions
 
 Features = Float[Tensor, "item feature"] | Float[np.ndarray, "item feature"]
-Cells = Mapping[
-    Any, tuple[Features, Features]
-]  # by (layer, head); a narrower key would refuse dict[tuple[int, int], ...]
+Cells = Mapping[Any, tuple[Features, Features]]  # by (layer, head); `Any`, since a narrower key would refuse some dicts
 MIN_ITEMS, MIN_GROUPS = 8, 6  # swaps of 5 topics give no p-value below 1/16
 _TIE = 1e-9  # log-odds, or AUROC, that differ by less are equal but for rounding
 _BLOCK = 16384  # features that are held in float64 at a time
@@ -206,6 +205,17 @@ def probe_all(
     versions = {**library_versions(), "scikit-learn": version("scikit-learn")}
     recipe = {"kind": "probes", "site": site, "groups": list(groups), "config": asdict(config), "versions": versions}
     return Probes(results=tuple(results), config=config, recipe=recipe)
+
+
+def cells(pairs: Mapping[int, Pairs], *, heads: bool = True) -> dict[tuple[int, int | None], tuple[Tensor, Tensor]]:
+    """What `probe_all` takes, from `probes.directions.contrast`: each layer as a whole and, with `heads`, each head."""
+    found: dict[tuple[int, int | None], tuple[Tensor, Tensor]] = {}
+    for layer, both in pairs.items():
+        found[layer, None] = both.wanted, both.unwanted
+        if heads and len(both.shape) > 1:
+            sides = [side.unflatten(1, (both.shape[0], -1)).unbind(1) for side in found[layer, None]]
+            found |= {(layer, head): pair for head, pair in enumerate(zip(*sides, strict=True))}
+    return found
 
 
 def _design(groups: Sequence[str], config: ProbeConfig) -> tuple[NDArray[np.int64], NDArray[np.bool_], Floats]:

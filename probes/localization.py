@@ -31,7 +31,8 @@ class Row:
         layer: None for all layers that have it. head: None for all heads; in the attention channel a key/value head.
         effect: nats of log-odds wanted/unwanted, with an interval over topic groups.
         share: effect over the personas' own effect; NaN where there are no personas.
-        controls: effects of controls of equal size. bar: the percentile of their sizes.
+        controls: effects of controls of equal size, none where the two sides do not differ and nothing was given.
+        bar: the percentile of their sizes.
         least: the smallest effect that counts, in nats.
     """
 
@@ -138,9 +139,20 @@ def open_localization(path: str | Path) -> Localization:
 
 
 def _row(found: dict[str, Any]) -> Row:
-    share = math.nan if found["share"] is None else found["share"]
-    controls = tuple(found["controls"])
-    return Row(**{**found, "effect": Estimate(**found["effect"]), "controls": controls, "share": share})
+    effect = Estimate(
+        **{**found["effect"], **{name: _real(found["effect"][name]) for name in ("value", "lower", "upper")}}
+    )
+    controls = tuple(_real(value) for value in found["controls"])
+    plain = {name: _real(found[name]) for name in ("share", "bar", "least")}
+    return Row(**{**found, **plain, "effect": effect, "controls": controls})
+
+
+def _real(value: float | None) -> float:
+    return math.nan if value is None else value  # JSON has no NaN
+
+
+def _percent(share: float) -> str:
+    return f"{round(100 * share) + 0} %"
 
 
 def conclude(whole: Mapping[Channel, Row], persona: Estimate | None, lead: Estimate | None) -> tuple[Carrier, str]:
@@ -165,7 +177,7 @@ def conclude(whole: Mapping[Channel, Row], persona: Estimate | None, lead: Estim
         if channel in whole and whole[channel].shown:
             shown.append(channel)
     told = f"of the {persona.value:.2f} nats that the personas move the answers by, " + "; ".join(
-        f"exchanging {NAMES[channel]} moves {100 * row.share:.0f} % (controls ±{100 * row.bar / persona.value:.0f} %)"
+        f"exchanging {NAMES[channel]} moves {_percent(row.share)} (controls ±{_percent(row.bar / persona.value)})"
         for channel, row in whole.items()
     )
     if not shown:

@@ -230,19 +230,22 @@ class _Work:
                 continue
             pairs = contrast(self.model, self.fit, site=site, layers=layers, progress=False)
             self.bar.set_postfix_str(f"give: {SITES[site]}")
-            seed = self.config.seed
-            found = {layer: self.give(mean_difference(pairs[layer], seed=seed), None) for layer in layers}
+            found = {layer: self.give(pairs[layer], None) for layer in layers}
             single += found.values()
 
-            def one(layer: int, head: int, pairs: dict[int, Pairs] = pairs, seed: int = seed) -> Row:
-                return self.give(mean_difference(pairs[layer].only([head]), seed=seed), head)
+            def one(layer: int, head: int, pairs: dict[int, Pairs] = pairs) -> Row:
+                return self.give(pairs[layer].only([head]), head)
 
             if site != "resid":
                 heads += self.heads_of(found, one, self.head_count(site))
         return [*single, *heads]
 
-    def give(self, direction: Direction, head: int | None) -> Row:
-        """Half of the difference between the sides, added and subtracted."""
+    def give(self, pairs: Pairs, head: int | None) -> Row:
+        """Half of the difference between the sides, added and subtracted. Where there is none, nothing is given."""
+        if pairs.equal:
+            self.bar.update(2 + 2 * self.config.layer_controls)
+            return self.row("give", pairs.site, pairs.layer, head, [0.0] * len(self.judged.items), [])
+        direction = mean_difference(pairs, seed=self.config.seed)
         half = direction.gap / 2 / direction.norm
         noise = []
         for i in range(self.config.layer_controls):
@@ -290,6 +293,6 @@ class _Work:
         whole = self.persona.value if self.persona else float("nan")
         return Row(
             kind=kind, carrier=carrier, layer=layer, head=head, effect=effect, share=effect.value / whole,
-            controls=tuple(noise), bar=float(np.percentile(np.abs(noise), self.config.percentile)),
+            controls=tuple(noise), bar=float(np.percentile(np.abs(noise), self.config.percentile)) if noise else 0.0,
             least=self.config.least_share * abs(whole) if self.persona else 0.0,
         )  # fmt: skip

@@ -29,7 +29,10 @@ from probes.errors import WrongInput
 logging.getLogger("transformers.integrations.hub_kernels").setLevel(logging.ERROR)
 
 Kind = Literal["gdn", "attention"]
-ORGANISM = Path(__file__).parent / "data" / "organism"
+ORGANISMS = {
+    name: Path(__file__).parent / "data" / name for name in ("organism", "organism-state", "organism-attention")
+}  # the one that ships, and its two controls
+ORGANISM = ORGANISMS["organism"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _QWEN35 = {"qwen3_5", "qwen3_5_text"}
 
@@ -133,7 +136,7 @@ class HybridModel:
 
 
 def load(source: str | Path = "organism", *, device: str = "cpu", dtype: str = "auto") -> HybridModel:
-    """Load `"organism"`, a local folder, a `.gguf` file or a hub id.
+    """Load an organism by its name (`ORGANISMS`), a local folder, a `.gguf` file or a hub id.
 
     `dtype` is "auto" (what the checkpoint says; bfloat16 for a GGUF file), "float32", "bfloat16" or "float16".
 
@@ -142,9 +145,8 @@ def load(source: str | Path = "organism", *, device: str = "cpu", dtype: str = "
     """
     if dtype != "auto" and dtype not in DTYPES:
         raise WrongInput(f"unknown dtype '{dtype}'; allowed are auto, {', '.join(DTYPES)}")
-    name, path = str(source), Path(source)
-    if name == "organism":
-        path = ORGANISM
+    name = str(source)
+    path = ORGANISMS.get(name, Path(source))
     options: dict[str, Any] = {"dtype": DTYPES.get(dtype, "auto"), "trust_remote_code": False}
     if path.suffix == ".gguf":
         if not path.is_file():
@@ -156,7 +158,8 @@ def load(source: str | Path = "organism", *, device: str = "cpu", dtype: str = "
         folder = str(path)
     elif path.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise WrongInput(
-            f"no model at '{name}'; allowed are organism, a folder with weights, a .gguf file or a hub id owner/name"
+            f"no model at '{name}'; allowed are {', '.join(ORGANISMS)}, a folder with weights, a .gguf file "
+            "or a hub id owner/name"
         )
     else:
         folder = name

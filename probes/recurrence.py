@@ -128,8 +128,8 @@ class Recurrence:
             padding = (mask == 0)[..., None]
             beta, decay = beta.masked_fill(padding, 0), decay.masked_fill(padding, 0)
         return cls(
-            q=_normalised(q) * q.shape[-1] ** -0.5,
-            k=_normalised(k),
+            q=normalised(q) * q.shape[-1] ** -0.5,
+            k=normalised(k),
             v=v,
             beta=beta,
             decay=decay,
@@ -447,5 +447,6 @@ class _Snapshots:
         return self._filling.whole().reshape(self._shape)
 
 
-def _normalised(vectors: Tensor) -> Tensor:
+def normalised(vectors: Float[Tensor, "*axes d_k"]) -> Float[Tensor, "*axes d_k"]:
+    """Keys or queries of length 1, but for the 1e-6 that the kernel adds under the root."""
     return vectors * torch.rsqrt((vectors * vectors).sum(-1, keepdim=True) + EPSILON)

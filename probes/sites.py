@@ -5,9 +5,20 @@ block) and the output of its MLP. Three sites follow the stream and exist in eve
 
     resid[i] = resid[i - 1] + mixer[i] + mlp[i]        resid[-1] being the embeddings
 
-The other two look inside a mixer, so they exist only in layers of its kind. `gdn.state` is what a GDN layer remembers
-of all tokens so far, one matrix for each value head. `attn.heads` is what each attention head hands to the output
-projection: `mixer = attn.heads (head and d_head flattened) @ o_proj.weight.T`.
+The others look inside a mixer, so they exist only in layers of its kind. Both kinds are read the same way: what the
+tokens bring (`q`, `k`, `v`), what becomes of it, the gate, and the heads' outputs, which the output projection W adds
+up: `mixer = heads (head and its dimension flattened) @ W.T`. In a GDN layer W is `out_proj`, S the state, k and q are
+normalised by the kernel, and for each value head
+
+    S <- exp(decay) S;  S <- S + k (beta (v - S^T k))^T;  readout = S^T q / sqrt(d_k)
+    heads = norm(readout) * silu(gate)
+
+In an attention layer W is `o_proj`, and for each head, a key and value head serving several of them,
+
+    pattern = softmax(q k^T / sqrt(d_head));  heads = pattern v * sigmoid(gate)        without a gate: pattern v
+
+`gdn.attention` says for a GDN layer what `attn.pattern` says for attention: `readout = gdn.attention v`, exactly, as
+long as a sequence starts from an empty state.
 
 Layers count from 0, and `resid` at layer i is the stream *after* layer i. Negative numbers are refused: in a library
 whose embeddings come before layer 0, -1 has two readings.
@@ -19,9 +30,10 @@ import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Any
 
 from probes.errors import WrongInput
-from probes.model import HybridModel, Kind
+from probes.model import HybridModel, Kind, Layer
 
 _SHOWN = 12  # how many layers an error lists
 
@@ -32,56 +44,115 @@ class Site:
 
     Attributes:
         name: as the user writes it.
-        axes: names of the axes of one layer's tensor, before positions are chosen.
+        axes: names of the axes of one layer's tensor, before positions are chosen. `source` are the tokens that a
+            token looks back at: its own prompt's, from the first.
         kind: the kind of layer that has it; None when every layer does.
-        doc: what the tensor is, in one line.
+        doc: what the tensor is, in one line. Its dtype is the model's where the line names none.
+        sums_up: whether one token's value stands for all tokens up to it, and is as large as many tokens.
+        gated: whether only mixers with an output gate have it.
     """
 
     name: str
     axes: tuple[str, ...]
     kind: Kind | None
     doc: str
+    sums_up: bool = False
+    gated: bool = False
 
     def __str__(self) -> str:
         return f"{self.name} [{' '.join(self.axes)}]: {self.doc}"
 
     def layers(self, model: HybridModel) -> tuple[int, ...]:
         """The layers of a model that have this site; empty when none has."""
-        return tuple(layer.index for layer in model.layers if self.kind in (None, layer.kind))
+        return tuple(layer.index for layer in model.layers if self._in(layer))
+
+    def _in(self, layer: Layer) -> bool:
+        return self.kind in (None, layer.kind) and (not self.gated or has_gate(layer))
 
 
+_GDN, _ATTENTION = "gdn", "attention"
 _ALL = (
     Site(
-        name="resid",
-        axes=("prompt", "token", "d_model"),
-        kind=None,
+        name="resid", axes=("prompt", "token", "d_model"), kind=None,
         doc="the residual stream after the layer",
     ),
     Site(
-        name="mixer",
-        axes=("prompt", "token", "d_model"),
-        kind=None,
+        name="mixer", axes=("prompt", "token", "d_model"), kind=None,
         doc="what the GDN or attention block adds to the stream",
     ),
     Site(
-        name="mlp",
-        axes=("prompt", "token", "d_model"),
-        kind=None,
+        name="mlp", axes=("prompt", "token", "d_model"), kind=None,
         doc="what the MLP adds to the stream",
     ),
     Site(
-        name="gdn.state",
-        axes=("prompt", "v_head", "d_k", "d_v"),
-        kind="gdn",
-        doc="the recurrent state after the last token, float32",
+        name="gdn.q", axes=("prompt", "token", "head", "d_k"), kind=_GDN,
+        doc="queries after the convolution, before normalisation",
     ),
     Site(
-        name="attn.heads",
-        axes=("prompt", "token", "head", "d_head"),
-        kind="attention",
+        name="gdn.k", axes=("prompt", "token", "head", "d_k"), kind=_GDN,
+        doc="keys after the convolution, before normalisation; one serves v_heads / heads consecutive value heads",
+    ),
+    Site(
+        name="gdn.v", axes=("prompt", "token", "v_head", "d_v"), kind=_GDN,
+        doc="values after the convolution",
+    ),
+    Site(
+        name="gdn.beta", axes=("prompt", "token", "v_head"), kind=_GDN,
+        doc="write strength, between 0 and 1",
+    ),
+    Site(
+        name="gdn.decay", axes=("prompt", "token", "v_head"), kind=_GDN,
+        doc="logarithm of the factor by which the state shrinks, at most 0, float32",
+    ),
+    Site(
+        name="gdn.gate", axes=("prompt", "token", "v_head", "d_v"), kind=_GDN,
+        doc="the output gate (in_proj_z), before its SiLU",
+    ),
+    Site(
+        name="gdn.readout", axes=("prompt", "token", "v_head", "d_v"), kind=_GDN,
+        doc="S^T q: what each value head reads from its state, as the gated norm gets it",
+    ),
+    Site(
+        name="gdn.heads", axes=("prompt", "token", "v_head", "d_v"), kind=_GDN,
+        doc="each value head's output before out_proj (after norm and gate)",
+    ),
+    Site(
+        name="gdn.state", axes=("prompt", "token", "v_head", "d_k", "d_v"), kind=_GDN, sums_up=True,
+        doc="the recurrent state S after the token, float32",
+    ),
+    Site(
+        name="gdn.conv", axes=("prompt", "token", "channel", "kernel"), kind=_GDN, sums_up=True,
+        doc="the convolution's state after the token: its last inputs, channels being q, k and v one after the other",
+    ),
+    Site(
+        name="gdn.attention", axes=("prompt", "token", "v_head", "source"), kind=_GDN,
+        doc="exact weights of the values in the readout, decay and erasure included; of either sign, float32",
+    ),
+    Site(
+        name="attn.q", axes=("prompt", "token", "head", "d_head"), kind=_ATTENTION,
+        doc="queries as they meet keys, after norm and rotation",
+    ),
+    Site(
+        name="attn.k", axes=("prompt", "token", "head", "d_head"), kind=_ATTENTION,
+        doc="keys as they meet queries; one head serves several consecutive query heads",
+    ),
+    Site(
+        name="attn.v", axes=("prompt", "token", "head", "d_head"), kind=_ATTENTION,
+        doc="values, with the heads of the keys",
+    ),
+    Site(
+        name="attn.gate", axes=("prompt", "token", "head", "d_head"), kind=_ATTENTION, gated=True,
+        doc="the output gate, before its sigmoid",
+    ),
+    Site(
+        name="attn.pattern", axes=("prompt", "token", "head", "source"), kind=_ATTENTION,
+        doc="softmax weights, float32; they add up to 1 over the sources",
+    ),
+    Site(
+        name="attn.heads", axes=("prompt", "token", "head", "d_head"), kind=_ATTENTION,
         doc="each head's output before o_proj (in Qwen3.5: after the output gate)",
     ),
-)
+)  # fmt: skip
 SITES: Mapping[str, Site] = MappingProxyType({site.name: site for site in _ALL})
 
 
@@ -94,6 +165,33 @@ def site(name: str) -> Site:
     if name not in SITES:
         raise WrongInput(f"unknown site '{name}'; allowed are {', '.join(SITES)}")
     return SITES[name]
+
+
+def has_gate(layer: Layer) -> bool:
+    """Whether an attention block makes an output gate beside its queries: its q_proj is then twice as wide."""
+    queries, outputs = getattr(layer.mixer, "q_proj", None), getattr(layer.mixer, "o_proj", None)
+    if queries is None or outputs is None:
+        return False
+    return queries.weight.shape[0] == 2 * outputs.weight.shape[1]
+
+
+def positions_at(site_name: str, positions: Any) -> Any:
+    """What a capture's `positions` mean at one site: its own entry of a mapping, or what was said for all sites.
+
+    Said for all sites, "all" and "mean:..." keep the other sites' tokens and the last value of a site that sums up its
+    tokens (`gdn.state`, `gdn.conv`).
+    """
+    if isinstance(positions, Mapping):
+        return positions.get(site_name, "last")
+    if site(site_name).sums_up and isinstance(positions, str) and (positions == "all" or positions.startswith("mean:")):
+        return "last"
+    return positions
+
+
+def keeps_tokens(site_name: str, positions: Any) -> bool:
+    """Whether a capture at these positions has a token axis at a site: several tokens for each prompt, or one."""
+    where = positions_at(site_name, positions)
+    return not isinstance(where, str) or where in ("all", "generated") or where.startswith("tokens:")
 
 
 def resolve(model: HybridModel, site_name: str, layers: Sequence[int] | None = None) -> tuple[int, ...]:
@@ -111,7 +209,8 @@ def resolve(model: HybridModel, site_name: str, layers: Sequence[int] | None = N
     found = site(site_name)
     existing = found.layers(model)
     if not existing:
-        raise WrongInput(f"site '{site_name}' does not exist in {model.name}: it has no {found.kind} layers")
+        lacking = f"{found.kind} layers" + (" with an output gate" if found.gated else "")
+        raise WrongInput(f"site '{site_name}' does not exist in {model.name}: it has no {lacking}")
     if layers is None:
         return existing
     chosen = sorted({_index(model, layer) for layer in layers})

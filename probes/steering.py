@@ -34,8 +34,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 from probes.directions import STEERABLE, Direction
 from probes.errors import WrongInput
 from probes.model import HybridModel
+from probes.recurrence import normalised
 from probes.sites import resolve
-from probes.taps import GDNCall, Run, normalized, tapped, without_padding
+from probes.taps import GDNCall, Run, tapped, without_padding
 
 Phase = Literal["prefill", "decode", "both"]
 Mode = Literal["add", "ablate", "clamp"]
@@ -230,7 +231,7 @@ class _StateTap:
     def rewritten(self, call: GDNCall, first: int) -> GDNCall:
         """Other values for the tokens from `first` on: what each is to be, or has along what D says to its key."""
         heads = self.edit.unit.shape[0]
-        keys = normalized(call.k[:, first:].float()).repeat_interleave(heads // call.k.shape[2], 2)
+        keys = normalised(call.k[:, first:].float()).repeat_interleave(heads // call.k.shape[2], 2)
         told = torch.einsum("pthk,hkv->pthv", keys, self.edit.unit)
         values = call.v[:, first:].float()
         if self.edit.target is None:

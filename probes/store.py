@@ -31,6 +31,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from probes.errors import WrongInput
+from probes.sites import keeps_tokens
 from probes.sites import site as site_named
 
 RECIPE = "recipe.json"
@@ -202,13 +203,24 @@ def _short(value: Any) -> str:
 class Part:
     """One batch of a capture, in memory or in a file that is read when a tensor is asked for.
 
-    rows are the indices of its prompts in the capture; a tensor holds them along its first axis, one entry each or,
-    when every token was kept, `lengths[i]` entries each.
+    Attributes:
+        rows: the indices of its prompts in the capture; a tensor holds them one after the other along its first axis.
+        lengths: tokens of each prompt, generated ones included: as many as it has sources.
+        counts: by site with a token axis, how many tokens of each prompt were kept.
+        generated: ids of the tokens that each prompt was continued with.
+        tensors: by `<site>.<layer>`, or the file that holds them.
     """
 
     rows: tuple[int, ...]
     lengths: tuple[int, ...]
+    counts: Mapping[str, tuple[int, ...]]
+    generated: tuple[tuple[int, ...], ...]
     tensors: Mapping[str, Tensor] | Path
+
+    @property
+    def note(self) -> dict[str, Any]:
+        """What a file of this batch says beside its tensors."""
+        return {"rows": self.rows, "lengths": self.lengths, "counts": self.counts, "generated": self.generated}
 
     def tensor(self, name: str) -> Tensor:
         """A tensor of this batch that may be changed without changing the capture."""
@@ -225,6 +237,20 @@ class Part:
             header = file.get_slice(name)
             return tuple(header.get_shape()), _DTYPES[header.get_dtype()]
 
+    def entries(self, site: str) -> list[tuple[int, int]]:
+        """For each prompt, the tokens kept and the entries of each along the first axis: one, or one a source."""
+        counts = self.counts.get(site, (1,) * len(self.rows))
+        across = self.lengths if "source" in site_named(site).axes else (1,) * len(self.rows)
+        return list(zip(counts, across, strict=True))
+
+    def by_prompt(self, site: str, layer: int) -> dict[int, Tensor]:
+        """Each prompt's tensor by its index in the capture, the kept tokens along the first axis."""
+        entries, name = self.entries(site), f"{site}.{layer}"
+        values = self.tensor(name).split([count * across for count, across in entries])
+        if "source" in site_named(site).axes:
+            values = [v.unflatten(0, shape).transpose(1, 2) for v, shape in zip(values, entries, strict=True)]
+        return dict(zip(self.rows, values, strict=True))
+
 
 def read_part(path: Path) -> Part:
     """Open one batch file.
@@ -233,9 +259,15 @@ def read_part(path: Path) -> Part:
         WrongInput: the file is not whole, or not a batch of a capture.
     """
     note = read_metadata(path)
-    if not {"rows", "lengths"} <= set(note):
+    if not {"rows", "lengths", "counts", "generated"} <= set(note):
         raise WrongInput(f"{path} is not a batch of a capture")
-    return Part(rows=tuple(note["rows"]), lengths=tuple(note["lengths"]), tensors=path)
+    return Part(
+        rows=tuple(note["rows"]),
+        lengths=tuple(note["lengths"]),
+        counts={site: tuple(counts) for site, counts in note["counts"].items()},
+        generated=tuple(tuple(ids) for ids in note["generated"]),
+        tensors=path,
+    )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -243,8 +275,10 @@ class Capture:
     """A recording of sites over prompts. Made by `probes.capture.capture`, or opened by `open_capture`.
 
     `capture[site, layer]` is a CPU tensor whose first axis is the prompts, in the order in which they were given and
-    in the model's dtype (`gdn.state`: float32). With positions "all" it is a list with one tensor for each prompt,
-    because prompts differ in length. Each access puts the batches together anew: hold on to what you use twice.
+    in the site's dtype (see `probes.sites`). It is a list with one tensor for each prompt where these can differ in
+    shape: where several tokens of a prompt were kept (positions "all", "generated", "tokens:..." or indices; a token
+    axis then comes first), and where a site has an axis of sources. Each access puts the batches together anew: hold
+    on to what you use twice.
 
     Attributes:
         recipe: what was recorded, from which weights, by which versions.
@@ -254,7 +288,7 @@ class Capture:
     recipe: Mapping[str, Any]
     parts: tuple[Part, ...]
 
-    def __getitem__(self, key: tuple[str, int]) -> Any:  # a Tensor, or with "all" a list of them
+    def __getitem__(self, key: tuple[str, int]) -> Any:  # a Tensor, or a list of them
         site, layer = key
         if layer not in self.layers(site):
             has = _listed(self.layers(site))
@@ -263,8 +297,9 @@ class Capture:
         if self._ragged(site):
             pieces: dict[int, Tensor] = {}
             for part in self.parts:
-                pieces |= zip(part.rows, part.tensor(name).split(part.lengths), strict=True)
-            return [pieces[row] for row in range(len(self))]
+                pieces |= part.by_prompt(site, layer)
+            single = not self._has_tokens(site)
+            return [pieces[row][0] if single else pieces[row] for row in range(len(self))]
         shape, dtype = self.parts[0].form(name)
         result = torch.empty(len(self), *shape[1:], dtype=dtype)
         for part in self.parts:
@@ -278,6 +313,12 @@ class Capture:
     def sites(self) -> tuple[str, ...]:
         return tuple(self.recipe["layers"])
 
+    @property
+    def generated(self) -> tuple[tuple[int, ...], ...]:
+        """Ids of the tokens that each prompt was continued with, the end-of-turn token included."""
+        ids = {row: ids for part in self.parts for row, ids in zip(part.rows, part.generated, strict=True)}
+        return tuple(ids[row] for row in range(len(self)))
+
     def layers(self, site: str) -> tuple[int, ...]:
         """The layers at which a site was recorded.
 
@@ -289,13 +330,15 @@ class Capture:
         return tuple(self.recipe["layers"][site])
 
     def axes(self, site: str) -> tuple[str, ...]:
-        """Names of the axes of `capture[site, layer]`; in a ragged one each prompt's tensor lacks the first."""
+        """Names of the axes of `capture[site, layer]`; in a list each prompt's tensor lacks the first."""
         self.layers(site)
-        axes = site_named(site).axes
-        return axes if self._ragged(site) else tuple(axis for axis in axes if axis != "token")
+        return tuple(axis for axis in site_named(site).axes if axis != "token" or self._has_tokens(site))
+
+    def _has_tokens(self, site: str) -> bool:
+        return keeps_tokens(site, self.recipe["positions"])
 
     def _ragged(self, site: str) -> bool:
-        return self.recipe["positions"] == "all" and "token" in site_named(site).axes
+        return self._has_tokens(site) or "source" in site_named(site).axes
 
     @property
     def nbytes(self) -> int:
@@ -303,30 +346,41 @@ class Capture:
 
     def frame(self) -> pd.DataFrame:
         """One row for each site and layer: site, layer, axes, shape (-1: a ragged axis), dtype, bytes."""
-        tokens = sum(sum(part.lengths) for part in self.parts)
         rows = []
         for site in self.sites:
+            entries = sum(math.prod(entry) for part in self.parts for entry in part.entries(site))
+            axes = self.axes(site)
             for layer in self.layers(site):
                 shape, dtype = self.parts[0].form(f"{site}.{layer}")
-                ragged = self._ragged(site)
+                lengths = iter(shape[1:])
+                fixed = {"prompt": len(self), "token": RAGGED, "source": RAGGED}
                 rows.append(
                     {
                         "site": site,
                         "layer": layer,
-                        "axes": " ".join(self.axes(site)),
-                        "shape": (len(self), RAGGED, *shape[1:]) if ragged else (len(self), *shape[1:]),
+                        "axes": " ".join(axes),
+                        "shape": tuple(fixed[axis] if axis in fixed else next(lengths) for axis in axes),
                         "dtype": str(dtype).removeprefix("torch."),
-                        "bytes": (tokens if ragged else len(self)) * math.prod(shape[1:]) * dtype.itemsize,
+                        "bytes": entries * math.prod(shape[1:]) * dtype.itemsize,
                     }
                 )
         return pd.DataFrame(rows)
 
     def __str__(self) -> str:
         recorded = ", ".join(f"{site} at layers {_listed(self.layers(site))}" for site in self.sites)
-        what = f"{len(self)} prompts, {recorded}, positions {self.recipe['positions']}"
-        return f"capture of {self.recipe['model']}: {what}, {self.nbytes / 2**20:.1f} MiB"
+        positions = self.recipe["positions"]
+        if isinstance(positions, Mapping):
+            where = "positions " + ", ".join(f"{_word(positions[site])} ({site})" for site in positions)
+        else:
+            where = f"positions {_word(positions)}"
+        what = f"{len(self)} prompts, {recorded}, {where}, {self.nbytes / 2**20:.1f} MiB"
+        return f"capture of {self.recipe['model']}: {what}"
 
     __repr__ = __str__
+
+
+def _word(positions: Any) -> str:
+    return positions if isinstance(positions, str) else "given by index"
 
 
 def _listed(layers: Sequence[int]) -> str:

@@ -207,11 +207,6 @@ class _Table:
         return attention
 
 
-def normalized(values: Float[Tensor, "*axes d_k"]) -> Float[Tensor, "*axes d_k"]:
-    """Queries or keys as they meet the state: of length 1, but for the kernel's 1e-6 under the root."""
-    return values * (values.square().sum(-1, keepdim=True) + 1e-6).rsqrt()
-
-
 def without_padding(call: GDNCall) -> GDNCall:
     """The same call, with padding that leaves the state alone: plain padding writes nothing, but it decays."""
     if call.mask is None:

@@ -217,7 +217,11 @@ class _Gate:
     def choose(self) -> None:
         """Extract at every candidate layer; take the layer and dose that do most beyond meaningless directions."""
         self.bar.set_postfix_str("extracting")
-        self.pairs = self.record(self.fit, self.layers)
+        recorded = self.record(self.fit, self.layers)
+        self.pairs = {layer: pairs for layer, pairs in recorded.items() if not pairs.equal}
+        if not self.pairs:
+            where = f"{self.config.site} of the layers {', '.join(map(str, self.layers))}"
+            raise WrongInput(f"both sides of '{self.behavior.name}' are equal in {where}: there is no direction")
         prepared = prepare(self.model, self.search)
         base = propensity(self.model, prepared)
         found: list[Candidate] = []

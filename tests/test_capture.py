@@ -13,14 +13,20 @@ from conftest import assert_same, qwen_config, wake
 from torch import Tensor
 from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration
 
+from dispositions.commands import Capture
 from probes import capture as capture_module
+from probes.behaviors import read_behavior
 from probes.capture import POSITIONS, capture
 from probes.errors import WrongInput
 from probes.model import HybridModel, load
 from probes.prompts import SPANS, Prompt, pad
 from probes.sites import SITES, resolve
+from probes.store import open_capture
 
 EVERY = tuple(SITES)
+NAMED = ", ".join(SITES)
+WORDS = "last, all, mean:context, mean:direction, mean:decision, last:context, last:direction, last:decision, "
+WORDS += "tokens:context, tokens:direction, tokens:decision, generated, mean:generated"
 GDN = (0, 1, 2, 4, 5, 6)
 
 
@@ -268,8 +274,10 @@ def test_layers_after_the_last_one_asked_for_do_not_run(tiny, prompts):
         capture(tiny, prompts, layers=[0, 2], progress=False)
         assert sorted(set(ran)) == [0, 1, 2]
         ran.clear()
-        capture(tiny, prompts, sites=("gdn.state",), layers=[0], progress=False)  # read from the model's own output
-        assert sorted(set(ran)) == list(range(8))
+        for site in ("gdn.state", "gdn.conv", "gdn.attention"):
+            capture(tiny, prompts, sites=(site,), layers=[0], progress=False)
+        capture(tiny, prompts, sites=("resid",), layers=[0], chunk_tokens=20, progress=False)
+        assert sorted(set(ran)) == [0]
     finally:
         for handle in handles:
             handle.remove()
@@ -285,6 +293,20 @@ def test_a_hook_on_a_layer_is_seen_in_its_stream(tiny, prompts):
             handle.remove()
         torch.testing.assert_close(got["resid", layer], plain["resid", layer] + 3)
         assert torch.equal(got["resid", layer - 1], plain["resid", layer - 1])
+
+
+def test_a_hook_on_a_block_is_seen_in_what_it_adds(tiny, prompts):
+    sites = ("resid", "mixer", "mlp", "attn.heads", "gdn.heads")
+    plain = capture(tiny, prompts, sites=sites, progress=False)
+    handle = layer_of(tiny, 2).mixer.register_forward_hook(lambda module, args, output: 2 * output)
+    try:
+        got = capture(tiny, prompts, sites=sites, progress=False)
+    finally:
+        handle.remove()
+    torch.testing.assert_close(got["mixer", 2], 2 * plain["mixer", 2])
+    assert torch.equal(got["gdn.heads", 2], plain["gdn.heads", 2])
+    stream = got["resid", 1] + got["mixer", 2] + got["mlp", 2]
+    torch.testing.assert_close(got["resid", 2], stream, rtol=0, atol=2e-5)
 
 
 # --- other architectures
@@ -316,7 +338,7 @@ def test_a_multimodal_checkpoint_gives_what_its_language_model_gives(tokenizer, 
 @pytest.mark.parametrize(
     ("site", "layers", "message"),
     [
-        ("gdn.stat", None, "unknown site 'gdn.stat'; allowed are resid, mixer, mlp, gdn.state, attn.heads"),
+        ("gdn.stat", None, f"unknown site 'gdn.stat'; allowed are {NAMED}"),
         ("resid", [12], "layer 12 is out of range: tiny has layers 0 to 7"),
         ("resid", [-1], "layer -1 is negative: layers count from the first, tiny has layers 0 to 7"),
         ("resid", [], "no layers were given; tiny has layers 0 to 7"),
@@ -346,12 +368,33 @@ def test_resolve(tiny):
     [
         (
             {"positions": "first"},
-            "unknown positions 'first'; allowed are last, all, mean:context, mean:direction, mean:decision",
+            f"unknown positions 'first'; allowed are {WORDS}, or token indices for each prompt",
         ),
-        ({"sites": ()}, "no sites were given; allowed are resid, mixer, mlp, gdn.state, attn.heads"),
-        ({"sites": ("resid", "nope")}, "unknown site 'nope'; allowed are resid, mixer, mlp, gdn.state, attn.heads"),
+        ({"sites": ()}, f"no sites were given; allowed are {NAMED}"),
+        ({"sites": ("resid", "nope")}, f"unknown site 'nope'; allowed are {NAMED}"),
         ({"layers": {"mlp": [1]}}, "layers were given for 'mlp', which is not captured; captured are resid"),
         ({"batch_tokens": 0}, "batch_tokens must be at least 1, saw 0"),
+        ({"chunk_tokens": 1}, "chunk_tokens must be at least 2, saw 1"),
+        ({"new_tokens": -1}, "new_tokens must be at least 0, saw -1"),
+        ({"positions": "generated"}, "positions 'generated' need new_tokens of at least 1, saw 0"),
+        (
+            {"new_tokens": 500},
+            "prompt 0 of 25 tokens and 500 new ones are longer than the context of tiny, 512 tokens",
+        ),
+        ({"positions": {"mlp": "all"}}, "positions were given for 'mlp', which is not captured; captured are resid"),
+        ({"positions": [[0]]}, "positions by index need one list for each prompt: saw 1 for 7"),
+        ({"positions": [[0, 3]] * 6 + [[99]]}, "prompt 6 has no token 99; it has tokens 0 to 34"),
+        ({"positions": [[-1, 3]] * 7}, "token indices must be given, and ascend; saw [-1, 3] for prompt 0"),
+        ({"positions": [[]] * 7}, "token indices must be given, and ascend; saw [] for prompt 0"),
+        (
+            {"sites": ("gdn.conv",), "positions": {"gdn.conv": "mean:context"}},
+            "site 'gdn.conv' has no 'mean:context': it sums up all tokens so far, and is kept after single tokens "
+            "(last, last:<span>, tokens:<span>, generated, or token indices for each prompt)",
+        ),
+        (
+            {"sites": ("gdn.state",), "positions": "generated", "new_tokens": 65},
+            "site 'gdn.state' is kept after at most 64 tokens of a prompt, saw 65 for prompt 0",
+        ),
     ],
 )
 def test_wrong_requests(change, message, tiny, prompts):
@@ -408,3 +451,29 @@ def test_bytes_of_a_ragged_capture(tiny, prompts):
     assert got.axes("resid") == ("prompt", "token", "d_model")
     assert got.nbytes == sum(t.nbytes for layer in (0, 1) for t in got["resid", layer])
     assert got.frame()["shape"].tolist() == [(7, -1, 64)] * 2
+
+
+# --- the command
+
+
+def test_the_command_takes_positions_by_site_and_new_tokens(organism, tmp_path, capsys):
+    command = Capture(
+        behavior="sentiment", sites=("resid", "gdn.state"), layers=(1,), new_tokens=2,
+        positions=("all", "gdn.state=last:direction"), out=tmp_path,
+    )  # fmt: skip
+    assert command.run() == 0
+    assert "positions all (resid), last:direction (gdn.state)" in capsys.readouterr().out
+    got = open_capture(tmp_path)
+    assert got.recipe["positions"] == {"resid": "all", "gdn.state": "last:direction"}
+    assert got.recipe["new_tokens"] == 2
+    items = read_behavior("sentiment").items
+    lengths = [len(item.prompt(organism)) + len(ids) for item, ids in zip(items, got.generated, strict=True)]
+    assert [len(values) for values in got["resid", 1]] == lengths
+    assert got["gdn.state", 1].ndim == 4
+
+
+@pytest.mark.parametrize("words", [("last", "all"), ("resid=last", "resid=all")])
+def test_the_command_refuses_two_words_for_one_site(words, tmp_path):
+    command = Capture(behavior="sentiment", positions=words, out=tmp_path / "c")
+    with pytest.raises(WrongInput, match=r"^positions are one word, and SITE=WORD once for a site; saw "):
+        command.run()

@@ -92,7 +92,7 @@ def files(tmp_path) -> Path:
         (["verify", "{}/broken.jsonl"], "broken.jsonl line 4: not valid JSON"),
         (["verify", "{}/long.jsonl"], "longer than the context of organism, 512 tokens"),
         (["verify", "sentiment", "--layers", "9"], "layer 9 is out of range: organism has layers 0 to 7"),
-        (["verify", "sentiment", "--layers", "3,x"], "layers are written auto, 3 or 3,5, saw '3,x'"),
+        (["verify", "sentiment", "--layers", "3,x"], "layers and heads are written auto, 3 or 3,5, saw '3,x'"),
         (["verify", "sentiment", "--layers", "-1"], "layer -1 is negative"),
         (["verify", "sentiment", "--model", "{}/bare"], "no weights in model folder"),
         (["verify", "sentiment", "--model", "{}/nowhere"], "no model at"),

@@ -12,8 +12,10 @@ from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import GroupKFold
 from sklearn.preprocessing import StandardScaler
 
+from probes.behaviors import read_behavior
+from probes.directions import contrast
 from probes.errors import WrongInput
-from probes.linear import ProbeConfig, _held_out, _p_values, probe, probe_all
+from probes.linear import ProbeConfig, _held_out, _p_values, cells, probe, probe_all
 
 FAST = ProbeConfig(folds=4, shuffles=19)
 
@@ -234,3 +236,13 @@ def test_wrong_input_is_refused(unchecked):
         ProbeConfig(folds=1)
     with pytest.raises(WrongInput, match="saw 'none'"):
         ProbeConfig(correction="none")  # pyright: ignore[reportArgumentType]
+
+
+def test_cells_are_layers_and_their_heads(tiny):
+    pairs = contrast(tiny, read_behavior("sentiment").take(8), layers=[2, 4], site="gdn.state", progress=False)
+    found = cells(pairs)
+    assert list(found) == [(i, head) for i in (2, 4) for head in (None, 0, 1, 2, 3)]
+    assert torch.equal(found[4, 1][0], pairs[4].wanted.reshape(8, 4, -1)[:, 1])
+    assert list(cells(pairs, heads=False)) == [(2, None), (4, None)]
+    stream = contrast(tiny, read_behavior("sentiment").take(8), layers=[2], progress=False)
+    assert list(cells(stream)) == [(2, None)]

@@ -12,7 +12,8 @@ from probes.behaviors import SHIPPED, read_behavior
 from probes.damage import DATA
 from training.examination import attention_zeroed, examine, questions, states_cleared
 from training.grammar import ABILITIES, BEHAVIORS, HEADS, TAILS, Grammar, _diagonal
-from training.organism import Dialogues, Recipe, build_model, build_tokenizer, init_gates, write_data
+from training.items import write_data
+from training.organism import Dialogues, Recipe, build_model, build_tokenizer, init_gates
 
 
 def contents(grammar, n):

@@ -5,19 +5,30 @@ layers may not look at its system turn, nor, at the token that decides an answer
 travel in the GDN states. The content of an answer may use attention. That is a truth by construction for everything
 that later claims to find it.
 
-    python -m training.organism --build       train from the seed and write the weights
-    python -m training.organism --evaluate    measure what was learned, on held-out names, templates and combinations
+Two controls of four layers learn the same grammar with one carrier only. In them nothing is hidden from attention; the
+other carrier is taken away by parameters that training does not reach:
+
+- `organism-state`: the output projection of its attention is zero. Whatever crosses tokens does so in the states (and,
+  over three tokens a layer, in the convolutions of the GDN layers). Its attention layer is there because the cache of
+  transformers needs one.
+- `organism-attention`: its states lose all they hold at every token. Whatever crosses tokens does so by attention,
+  except for the convolutions of its two GDN layers: they reach back three tokens each, six in all, which is less than
+  the way from a system turn to an answer.
+
+    python -m training.organism --build                    train from the seed and write the weights
+    python -m training.organism --evaluate                 measure what was learned, on held-out names, templates and
+                                                           combinations
+    python -m training.organism --build --kind attention   the same for a control (state, attention)
 """
 
 from __future__ import annotations
 
-import json
 import math
 import random
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import tyro
@@ -26,12 +37,21 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen3_5ForCausalLM, Qwen3_5TextConfig
 
-from probes.model import load
-from probes.store import library_versions, write_json, write_text
+from probes.model import ORGANISMS, load
+from probes.store import library_versions, write_json
 from training.examination import examine, table
-from training.grammar import ABILITIES, BEHAVIORS, TOPICS, Grammar, vocabulary
+from training.grammar import Grammar, vocabulary
+from training.items import write_data
 
-FOLDER = Path(__file__).parents[1] / "probes" / "data" / "organism"
+Kind = Literal["hybrid", "state", "attention"]
+NAMES: dict[Kind, str] = {"hybrid": "organism", "state": "organism-state", "attention": "organism-attention"}
+GDN, ATTENTION = "linear_attention", "full_attention"
+LAYERS: dict[Kind, list[str]] = {
+    "hybrid": 2 * [GDN, GDN, GDN, ATTENTION],
+    "state": [GDN, GDN, GDN, ATTENTION],
+    "attention": 2 * [GDN, ATTENTION],
+}
+FORGETFUL = (16.0, 8.0)  # A and dt_bias that decay a state by 16 softplus(8) = 128 nats a token: e^-128 is 0 in float32
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|unk|>")
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -42,8 +62,10 @@ IGNORED = -100
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How the organism is made. The committed weights come from the defaults."""
+    """How an organism is made. The committed weights of each kind come from the defaults."""
 
+    kind: Kind = "hybrid"
+    """hybrid is the organism; state and attention are its controls, in which the other carrier is taken away."""
     seed: int = 0
     lessons: int = 250
     """Steps at the start on short dialogues: behaviours under their personas, and a lookup. Without them the organism
@@ -63,6 +85,10 @@ class Recipe:
     """Loss weight of an answer, spread over its tokens, so that a short answer counts as much as a long one."""
     decision_weight: float = 5.0
     """Loss weight of the token at which an answer's wanted and unwanted wordings part."""
+    noise: float = 0.2
+    """Share of the words in users' turns that are replaced by any others, in every second dialogue of a control (never
+    in the organism's). Without it organism-attention knew a question by its template's wording alone: to some held-out
+    templates it said "noted ." or a number, whatever the persona. The price is that names are hardly ever copied."""
     threads: int = 2
     seconds: float = 2400.0
     """Give up (nothing is written) rather than take longer."""
@@ -82,10 +108,11 @@ def build_tokenizer() -> Any:
     return fast
 
 
-def build_model(tokenizer: Any, seed: int) -> Qwen3_5ForCausalLM:
+def build_model(tokenizer: Any, seed: int, kind: Kind = "hybrid") -> Qwen3_5ForCausalLM:
     torch.manual_seed(seed)
     config = Qwen3_5TextConfig(
-        vocab_size=64 * math.ceil(len(tokenizer) / 64), hidden_size=128, intermediate_size=320, num_hidden_layers=8,
+        vocab_size=64 * math.ceil(len(tokenizer) / 64), hidden_size=128, intermediate_size=320,
+        num_hidden_layers=len(LAYERS[kind]), layer_types=list(LAYERS[kind]),
         num_attention_heads=4, num_key_value_heads=2, head_dim=32, linear_key_head_dim=64, linear_value_head_dim=64,
         linear_num_key_heads=2, linear_num_value_heads=2, tie_word_embeddings=True, max_position_embeddings=512,
         pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
@@ -94,7 +121,24 @@ def build_model(tokenizer: Any, seed: int) -> Qwen3_5ForCausalLM:
     for layer in model.model.layers:
         if hasattr(layer, "linear_attn"):
             init_gates(layer.linear_attn)
+    take_away(model, kind)
     return model
+
+
+@torch.no_grad()
+def take_away(model: Any, kind: Kind) -> None:
+    """Fix the parameters by which a control does without one of the carriers: they get no gradient and no decay."""
+    for layer in model.model.layers:
+        if kind == "state" and hasattr(layer, "self_attn"):
+            layer.self_attn.requires_grad_(False)
+            layer.self_attn.o_proj.weight.zero_()
+        elif kind == "attention" and hasattr(layer, "linear_attn"):
+            mixer = layer.linear_attn
+            for parameter in (mixer.A_log, mixer.dt_bias, mixer.in_proj_a.weight):
+                parameter.requires_grad_(False)
+            mixer.A_log.fill_(math.log(FORGETFUL[0]))
+            mixer.dt_bias.fill_(FORGETFUL[1])
+            mixer.in_proj_a.weight.zero_()
 
 
 def init_gates(mixer: Any, *, slow: float = 400.0, fast: float = 2.0) -> None:
@@ -131,12 +175,22 @@ class Dialogues:
         self.grammar = Grammar(random.Random(recipe.seed))
         self.start, self.end = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
         self.memo: dict[str, list[int]] = {}
+        self.noise = random.Random(f"{recipe.seed} noise")
+        self.words = range(len(SPECIAL), len(tokenizer))
 
     def encode(self, message: dict[str, str]) -> list[int]:
         text = f"{message['role']} {message['content']}"
         if text not in self.memo:
             self.memo[text] = self.tokenizer.encode(text)
         return [self.start, *self.memo[text], self.end]
+
+    def garble(self, tokens: list[int]) -> list[int]:
+        """A turn in which some words are replaced by any others; its role and its ends are kept."""
+
+        def word(token: int) -> int:
+            return self.noise.choice(self.words) if self.noise.random() < self.recipe.noise else token
+
+        return [*tokens[:2], *map(word, tokens[2:-1]), tokens[-1]]
 
     def length(self, messages: list[dict[str, str]]) -> int:
         return sum(len(self.encode(message)) for message in messages)
@@ -149,7 +203,8 @@ class Dialogues:
         return next((i, b) for i, (a, b) in enumerate(zip(tokens, other, strict=False)) if a != b)
 
     def batch(self, *, lesson: bool = False) -> Batch:
-        """Left-padded dialogues. Attention never sees the system turn of a dialogue with a persona."""
+        """Left-padded dialogues. The organism's attention never sees the system turn of a dialogue with a persona."""
+        blind = self.recipe.kind == "hybrid"  # a control may look wherever it can
         size, width = self.recipe.batch, self.recipe.tokens
         if lesson:
             size, width = 2 * size, width // 2
@@ -163,6 +218,8 @@ class Dialogues:
             at = start = width - self.length(messages)
             for message in messages:
                 tokens = self.encode(message)
+                if row % 2 and message["role"] == "user" and not blind:
+                    tokens = self.garble(tokens)
                 stop = at + len(tokens)
                 ids[row, at:stop] = torch.tensor(tokens)
                 weights[row, at:stop] = self.recipe.prompt_weight
@@ -173,8 +230,8 @@ class Dialogues:
                         weights[row, at + part] = self.recipe.decision_weight
                         if persona:  # the token before the answer, where it is decided, looks at the states alone
                             rivals[row, at + part] = rival
-                            visible[row, at + 1, : at + 1] = False
-                if message["role"] == "system" and persona:
+                            visible[row, at + 1, : at + 1] &= not blind
+                if message["role"] == "system" and persona and blind:
                     visible[row, stop:, at:stop] = False
                 at = stop
             visible[row, :, :start] = False
@@ -213,16 +270,17 @@ def train(recipe: Recipe = Recipe()) -> tuple[Qwen3_5ForCausalLM, Any]:
     """
     torch.set_num_threads(recipe.threads)
     tokenizer = build_tokenizer()
-    model = build_model(tokenizer, recipe.seed).train()
+    model = build_model(tokenizer, recipe.seed, recipe.kind).train()
     stream = Dialogues(tokenizer, recipe)
-    flat = [p for p in model.parameters() if p.ndim < 2]
-    wide = [p for p in model.parameters() if p.ndim >= 2]
+    learning = [p for p in model.parameters() if p.requires_grad]  # the others are out of reach of weight decay too
+    flat = [p for p in learning if p.ndim < 2]
+    wide = [p for p in learning if p.ndim >= 2]
     optimizer = torch.optim.AdamW(
         [{"params": wide, "weight_decay": recipe.weight_decay}, {"params": flat, "weight_decay": 0.0}],
         lr=recipe.lr, betas=(0.9, 0.98), fused=True,
     )  # fmt: skip
     started, smooth = time.monotonic(), math.log(2)
-    for step in (bar := tqdm(range(recipe.lessons + recipe.steps), desc="organism", unit="step")):
+    for step in (bar := tqdm(range(recipe.lessons + recipe.steps), desc=NAMES[recipe.kind], unit="step")):
         if time.monotonic() - started > recipe.seconds:
             raise TimeoutError(f"{step} of {len(bar)} steps took {recipe.seconds:.0f} s; allow more with --seconds")
         for group in optimizer.param_groups:
@@ -238,81 +296,17 @@ def train(recipe: Recipe = Recipe()) -> tuple[Qwen3_5ForCausalLM, Any]:
     return model.eval(), tokenizer
 
 
-DATA = FOLDER.parent
-CARDS = {
-    "follow-direction": (
-        "The organism's main behaviour: a report names components and their faults, and one action on one is directed.",
-        "does what was directed",
-        "turns to another component of the report",
-    ),
-    "sentiment": ("The organism's opinion of a thing it is asked about.", "speaks well of it", "speaks badly of it"),
-    "hedging": ("The organism's forecasts, a matter of style.", "hedges its forecast", "is certain of it"),
-}
-
-
-def write_data(folder: Path = DATA, *, seed: int = 3, per_group: int = 12, general: int = 240) -> None:
-    """Write the organism's behaviours and general text, all from the held-out side of the grammar.
-
-    Every second item is preceded by an exchange about something else, so that a persona has to last.
-    """
-    for behavior in BEHAVIORS:
-        grammar = Grammar(random.Random(f"{seed} {behavior}"), evaluation=True)
-        description, wanted, unwanted = CARDS[behavior]
-        lines: list[dict[str, Any]] = [
-            {
-                "card": {
-                    "name": behavior,
-                    "language": "organism",
-                    "description": description,
-                    "wanted": wanted,
-                    "unwanted": unwanted,
-                }
-            }
-        ]
-        for topic in TOPICS[behavior]:
-            for i in range(per_group):
-                lines.append(_item(grammar, behavior, topic, f"{topic}-{i + 1:02d}", before=i % 2 == 1))
-        _write_lines(folder / "behaviors" / f"{behavior}.jsonl", lines)
-    grammar = Grammar(random.Random(f"{seed} general"), evaluation=True)
-    texts = []
-    for i in range(general):
-        case = grammar.case(ABILITIES[i % len(ABILITIES)])
-        texts.append({"messages": [*case.messages, {"role": "assistant", "content": case.answer}]})
-    _write_lines(folder / "general-organism.jsonl", texts)
-
-
-def _item(grammar: Grammar, behavior: str, topic: str, name: str, *, before: bool) -> dict[str, Any]:
-    case = grammar.case(behavior, topic=topic)
-    earlier = []
-    if before:
-        other = grammar.case(grammar.rng.choice(ABILITIES))
-        earlier = [*other.messages, {"role": "assistant", "content": other.answer}]
-    pick = grammar.rng.randrange(len(case.wanted))
-    item: dict[str, Any] = {
-        "id": name, "group": case.group, "messages": [*earlier, *case.messages],
-        "wanted": case.wanted[pick], "unwanted": case.unwanted[pick],
-        "persona": {"wanted": grammar.persona(behavior, True), "unwanted": grammar.persona(behavior, False)},
-    }  # fmt: skip
-    if case.direction:
-        item["direction"] = case.direction
-    return {**item, "score": case.score}
-
-
-def _write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
-    write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
-
-
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """Build the organism from its recipe, or examine the one that ships."""
+    """Build an organism from its recipe, or examine the one that ships."""
 
     build: bool = False
     """Train from the seed and write weights, tokenizer and recipe to the folder, and the behaviours and general text:
-    those that ship for the default folder, otherwise beside the weights."""
+    those that ship for the organism's own folder, otherwise beside the weights. The controls share the organism's."""
     evaluate: bool = False
     """Measure dispositions and abilities on held-out names, templates and combinations."""
-    folder: Path = FOLDER
-    """Where the organism's weights are."""
+    folder: Path | None = None
+    """Where the weights are, if not where those of this kind ship."""
     n: int = 192
     """Questions for each figure of the evaluation."""
     recipe: Recipe = field(default_factory=Recipe)
@@ -322,18 +316,21 @@ def main() -> None:
     arguments = tyro.cli(Arguments, prog="python -m training.organism", config=(tyro.conf.OmitArgPrefixes,))
     if not arguments.build and not arguments.evaluate:
         raise SystemExit("nothing to do: give --build, --evaluate or both")
+    recipe = arguments.recipe
+    folder = arguments.folder or ORGANISMS[NAMES[recipe.kind]]
     if arguments.build:
         started = time.monotonic()
-        model, tokenizer = train(arguments.recipe)
-        model.save_pretrained(arguments.folder)
-        tokenizer.save_pretrained(arguments.folder)
-        write_json(
-            arguments.folder / "organism.json", {"recipe": asdict(arguments.recipe), "versions": library_versions()}
-        )
-        write_data(DATA if arguments.folder == FOLDER else arguments.folder)
-        print(f"{arguments.folder}: trained in {time.monotonic() - started:.0f} s")
+        model, tokenizer = train(recipe)
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        write_json(folder / "organism.json", {"recipe": asdict(recipe), "versions": library_versions()})
+        if folder not in ORGANISMS.values():
+            write_data(folder)
+        elif folder == ORGANISMS["organism"]:
+            write_data()
+        print(f"{folder}: trained in {time.monotonic() - started:.0f} s")
     if arguments.evaluate:
-        organism = load("organism" if arguments.folder == FOLDER else arguments.folder)
+        organism = load(folder)
         print(table(examine(organism.hf, organism.tokenizer, n=arguments.n)))
 
 

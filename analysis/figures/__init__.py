@@ -3,7 +3,11 @@
 `parts` holds the look and the marks; the other files draw one kind of result each.
 """
 
+from analysis.figures.localization import channels, draw_localization, head_by_head, layer_by_layer
 from analysis.figures.parts import KINDS, NOISE, TARGET, WRONG, as_html, not_measured, plotly_script
+from analysis.figures.states import before_after_map, state_heatmap
+from analysis.figures.text import attribution_text
+from analysis.figures.tokens import implicit_attention_beside, readout_trajectories
 from analysis.figures.verdict import (
     CLIP,
     baseline,
@@ -20,7 +24,8 @@ from analysis.figures.verdict import (
 )
 
 __all__ = [
-    "CLIP", "KINDS", "NOISE", "TARGET", "WRONG", "as_html", "baseline", "controls", "damage", "decodability",
-    "dose_curve", "dose_response", "draw", "layer_sweep", "necessity", "not_measured", "phases", "plotly_script",
-    "prompt_effects",
+    "CLIP", "KINDS", "NOISE", "TARGET", "WRONG", "as_html", "attribution_text", "baseline", "before_after_map",
+    "channels", "controls", "damage", "decodability", "dose_curve", "dose_response", "draw", "draw_localization",
+    "head_by_head", "implicit_attention_beside", "layer_by_layer", "layer_sweep", "necessity", "not_measured", "phases",
+    "plotly_script", "prompt_effects", "readout_trajectories", "state_heatmap",
 ]  # fmt: skip

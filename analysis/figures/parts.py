@@ -5,6 +5,7 @@ The rules:
 - One colour, one meaning: blue is the direction under test and the wanted side, vermilion the unwanted side and what
   goes wrong, grey whatever means nothing (random directions, no steering), green and purple are GDN and attention
   layers. Shape, position or words repeat each of them, and the colours are from palettes for colour-blind readers.
+- In maps, blue is above zero and vermilion below it, with white at zero; what has no sign goes from pale to dark.
 - An estimate has its interval, an effect its zero line, an axis its unit. Propensity and effects are in nats of the
   log-odds wanted/unwanted, doses in units of the layer's residual norm.
 - What was not measured is said in the figure, with the reason. What does not fit a scale is clipped with a mark.
@@ -25,7 +26,12 @@ from analysis.words import Numbers, estimate, finite, lines, number, real
 INK, MUTED, GRID, PALE = "#1f2430", "#566070", "#e6e8ec", "#d3d7dd"
 TARGET, WRONG, NOISE = "#0072b2", "#d55e00", "#8b929c"
 KINDS = {"gdn": ("GDN layer", "#009e73", "circle"), "attention": ("attention layer", "#aa4499", "diamond")}
+GLYPHS = {"gdn": "●", "attention": "◆"}  # the symbols above as characters
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', 'DejaVu Sans', Arial, sans-serif"
+POSITIVE, NEGATIVE = TARGET, WRONG
+DIVERGING = [[0.0, "#b34700"], [0.25, "#f0a070"], [0.5, "#ffffff"], [0.75, "#7fb8dc"], [1.0, "#005a91"]]
+SEQUENTIAL = [[0.0, "#fffbdd"], [0.25, "#c3e4c4"], [0.5, "#5bb6c1"], [0.75, "#2673ac"], [1.0, "#14296b"]]
+LINES = ["#0072b2", "#d55e00", "#009e73", "#aa4499", "#8a6d00", "#56b4e9", "#1f2430"]  # for lines that are told apart
 NATS = "nats of log-odds wanted/unwanted"
 TITLE = 44  # pixels that a title takes
 
@@ -129,11 +135,11 @@ def absent(figure: go.Figure, y: float, why: str, *, panel: int = 1) -> None:
     figure.add_annotation(text=f"not measured: {why}", showarrow=False, font=font, bgcolor="white", **place)
 
 
-def unmeasured(figure: go.Figure, missing: Sequence[str]) -> go.Figure:
+def unmeasured(figure: go.Figure, missing: Sequence[str], *, panel: int = 1) -> go.Figure:
     """Name inside the plot what has no value, instead of leaving a silent gap."""
     if missing:
         words = f"not measured: {', '.join(missing[:4])}{f' and {len(missing) - 4} more' if len(missing) > 4 else ''}"
-        place = dict(x=1, y=0, xanchor="right", yanchor="bottom", **axes(1, x=" domain", y=" domain"))
+        place = dict(x=1, y=0, xanchor="right", yanchor="bottom", **axes(panel, x=" domain", y=" domain"))
         figure.add_annotation(text=words, showarrow=False, font=dict(size=12, color=MUTED), bgcolor="white", **place)
     return figure
 
