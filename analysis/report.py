@@ -12,7 +12,7 @@ from typing import Any
 
 from analysis.figures import draw
 from analysis.pages import as_sentence, render_page, settings, typeset
-from analysis.words import number, ratio
+from analysis.words import ON_TEXT, PHASES, UNITS, number, ratio
 from probes.criteria import Criterion, Verdict
 from probes.store import write_text
 
@@ -63,6 +63,9 @@ def render(verdict: Verdict) -> str:
         "kind": {"gdn": "GDN"}.get(chosen["kind"], chosen["kind"]) if chosen else "",
         "asked": _asked(evidence.get("behavior") or {}),
         "criteria": [_criterion(c) for c in verdict.criteria],
+        "unit": UNITS[verdict.site],
+        "phases": PHASES.get(verdict.site, PHASES["resid"]),
+        "on_text": ON_TEXT.get(verdict.site, ON_TEXT["resid"]),
         "conditions": CONDITIONS,
         "shares": _shares(evidence.get("generation") or {}),
         "examples": [_example(row) for row in evidence.get("examples") or []],
@@ -123,7 +126,8 @@ def _direction(found: Mapping[str, Any]) -> dict[str, str]:
         "method": found["method"],
         "contrast": CONTRASTS.get(found["contrast"], str(found["contrast"])),
         "pairs": str(found["n"]),
-        "residual norm": f"{number(found['norm'])} (dose 1 adds a vector of this length)",
+        "heads": "all" if found["heads"] is None else ", ".join(map(str, found["heads"])),
+        "norm": f"{number(found['norm'])}, typical of the site (dose 1 adds as much)",
         "gap": f"{number(found['gap'])} between the means of the two sides",
         "reliability": reliability,
     }

@@ -95,3 +95,33 @@ def limits(numbers: Numbers) -> str:
     """lower to upper, in nats; empty where there is no interval."""
     ends = finite([numbers["lower"], numbers["upper"]])
     return f"{nats(ends[0])} to {nats(ends[1])}" if len(ends) == 2 else ""
+
+
+UNITS = {"resid": "residual norms", "gdn.state": "state norms", "attn.heads": "norms of the heads' output"}
+"""What a dose counts, by the site of the direction."""
+
+EDITED = {
+    "resid": "the residual stream after it is edited",
+    "gdn.state": "the recurrent state of its heads is edited",
+    "attn.heads": "the output of its heads is edited",
+}
+"""What is edited at a layer."""
+
+PHASES = {
+    "resid": (
+        "Which tokens have to be edited? Only those of the prompt (prefill), only those of the answer (decode), or "
+        "both."
+    ),
+    "gdn.state": (
+        "When has the state to be edited? Before the last prompt token (prefill), before the answer's first token is "
+        "read (decode), or at both moments; every later token reads what is left of the edit. (Where --form says so: "
+        "from the first token on, or at every token.)"
+    ),
+}
+"""What the phases of an intervention mean; attention heads are edited token by token like the stream."""
+
+ON_TEXT = {
+    "resid": "with every token edited",
+    "gdn.state": "with a state that was edited before its first token",
+}
+"""How ordinary text meets an intervention."""

@@ -45,7 +45,7 @@ class GateConfig:
     layers: tuple[int, ...] | None = None
     """Layers to choose from; auto (None) takes all of a small model, or eight spread over the middle of a large one."""
     doses: tuple[float, ...] = (-1.0, -0.75, -0.5, -0.25, -0.1, 0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
-    """Doses of the dose-response curve, in units of the layer's residual norm; the working dose is one of them. The
+    """Doses of the dose-response curve, in units of the typical norm at the site; the working dose is one of them. The
     small ones keep a curve to look at where a model breaks early."""
     phase: Phase = "prefill"
     """Which tokens the working intervention edits; the other phases are reported beside it. Editing the prompt is what
@@ -267,6 +267,7 @@ class _Gate:
             "norm": self.direction.norm,
             "gap": self.direction.gap,
             "n": self.direction.n,
+            "heads": self.direction.heads,
             "reliability": self.direction.reliability.as_dict() if self.direction.reliability else None,
         }
         self.measure_doses(prepared, base)

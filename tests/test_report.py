@@ -100,6 +100,22 @@ def test_page_says_what_was_asked_how_it_was_run_and_what_was_answered():
         assert row in [page.cells[at : at + 3] for at in range(len(page.cells))]
 
 
+@pytest.mark.parametrize(
+    ("site", "words"),
+    [
+        ("resid", ("residual norms", "Which tokens have to be edited?", "with every token edited")),
+        ("gdn.state", ("state norms", "When has the state to be edited?", "with a state that was edited before")),
+        ("attn.heads", ("norms of the heads' output", "Which tokens have to be edited?", "with every token edited")),
+    ],
+)
+def test_page_speaks_of_the_site_that_was_edited(site, words):
+    made = sample("PASS")
+    page = Page(report.render(replace(made, site=site)))
+    assert all(word in page.words for word in words)
+    other = replace(made, site="gdn.state" if site == "resid" else "resid")
+    assert not all(word in Page(report.render(other)).words for word in words)
+
+
 def test_every_threshold_is_explained():
     assert set(report.THRESHOLDS) == {f.name for f in fields(GateCriteria)}
 

@@ -70,6 +70,7 @@ def complete(*, strength: float = 1.0, prompts: int = 48) -> dict[str, Any]:
         "layers": layers,
         "direction": {
             "method": "mean difference", "contrast": "persona", "norm": 11.3, "gap": 8.2, "n": 72,
+            "heads": None,
             "reliability": numbers(0.95, 0.92, 0.97, 72),
         },
         "doses": doses,

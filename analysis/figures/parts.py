@@ -7,7 +7,7 @@ The rules:
   layers. Shape, position or words repeat each of them, and the colours are from palettes for colour-blind readers.
 - In maps, blue is above zero and vermilion below it, with white at zero; what has no sign goes from pale to dark.
 - An estimate has its interval, an effect its zero line, an axis its unit. Propensity and effects are in nats of the
-  log-odds wanted/unwanted, doses in units of the layer's residual norm.
+  log-odds wanted/unwanted, doses in units of the typical norm at their site.
 - What was not measured is said in the figure, with the reason. What does not fit a scale is clipped with a mark.
 """
 

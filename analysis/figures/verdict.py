@@ -13,7 +13,7 @@ from plotly.subplots import make_subplots
 
 from analysis.figures import parts
 from analysis.figures.parts import INK, KINDS, MUTED, NATS, NOISE, PALE, TARGET, TEMPLATE, TITLE, WRONG, not_measured
-from analysis.words import Numbers, ends, estimate, finite, lines, number, ratio, real, safe, searched
+from analysis.words import EDITED, UNITS, Numbers, ends, estimate, finite, lines, number, ratio, real, safe, searched
 from probes.criteria import Verdict
 from probes.evidence import control_threshold
 
@@ -58,17 +58,20 @@ def layer_sweep(verdict: Verdict) -> go.Figure:
             figure.add_annotation(x=row["layer"], y=top, text=text, arrowhead=2, arrowwidth=1.5, ax=0, ay=-26, yshift=6)
     low, high = parts.span([*(end for row in rows for end in ends(row["effect"])), *noise, *(-r for r in noise)])
     figure.update_yaxes(range=[low, high + 0.12 * (high - low)])
-    figure.update_xaxes(title="layer (the residual stream after it is edited)", tickvals=layers, zeroline=False)
+    figure.update_xaxes(title=f"layer ({EDITED[verdict.site]})", tickvals=layers, zeroline=False)
     return parts.unmeasured(figure, [f"layer {row['layer']}" for row in rows if not finite([row["effect"]["value"]])])
 
 
 def dose_response(verdict: Verdict) -> go.Figure:
     """The dose curve of the held-out prompts."""
     limit = _threshold(verdict, "damage: perplexity")
-    return dose_curve(verdict.evidence.get("doses") or [], working=verdict.dose, limit=limit)
+    rows = verdict.evidence.get("doses") or []
+    return dose_curve(rows, working=verdict.dose, limit=limit, unit=UNITS[verdict.site])
 
 
-def dose_curve(rows: Sequence[Numbers], *, working: float | None = None, limit: float | None = None) -> go.Figure:
+def dose_curve(
+    rows: Sequence[Numbers], *, working: float | None = None, limit: float | None = None, unit: str = "residual norms"
+) -> go.Figure:
     """Mean propensity with its interval against dose; below it what each dose does to ordinary text.
 
     Args:
@@ -76,6 +79,7 @@ def dose_curve(rows: Sequence[Numbers], *, working: float | None = None, limit: 
             `perplexity_ratio` and `coherent`.
         working: the dose to mark.
         limit: the largest coherent perplexity ratio; its inverse is the smallest.
+        unit: what a dose counts.
     """
     title, rows = "Dose and response", sorted(rows, key=lambda row: row["dose"])
     if not rows:
@@ -110,7 +114,7 @@ def dose_curve(rows: Sequence[Numbers], *, working: float | None = None, limit: 
             ticks.append(dose)
     words, edge = [number(tick) for tick in ticks], 0.06 * (high - low or 1)
     figure.update_xaxes(range=[low - edge, high + edge], tickvals=ticks, ticktext=words, tickangle=0, zeroline=True)
-    figure.update_xaxes(title="dose (residual norms, + is towards wanted)", row=2, col=1)
+    figure.update_xaxes(title=f"dose ({unit}, + is towards wanted)", row=2, col=1)
     return parts.unmeasured(
         figure, [f"dose {row['dose']:g}" for row in rows if not finite([row["propensity"]["value"]])]
     )
