@@ -37,6 +37,7 @@ from probes.errors import WrongInput
 from probes.model import HybridModel
 from probes.prompts import SPANS, Batch, Prompt, batches
 from probes.recorder import Points, Recorder
+from probes.recurrence import Recurrence
 from probes.sites import SITES, keeps_tokens, positions_at, resolve, site
 from probes.store import (
     RECIPE,
@@ -51,10 +52,11 @@ from probes.store import (
     write_tensors,
 )
 
-__all__ = ["GENERATED", "POSITIONS", "Capture", "capture", "prompts_hash"]
+__all__ = ["GENERATED", "POSITIONS", "RECURRENCE", "Capture", "capture", "prompts_hash", "recurrence"]
 
 POSITIONS = ("last", "all", *(f"{what}:{span}" for what in ("mean", "last", "tokens") for span in SPANS))
 GENERATED = ("generated", "mean:generated")
+RECURRENCE = ("gdn.q", "gdn.k", "gdn.v", "gdn.beta", "gdn.decay")
 MOST_STATES = 64  # of one prompt and layer: 128 MiB at Qwen3.5's default sizes
 
 Layers = Sequence[int] | Mapping[str, Sequence[int]] | None
@@ -166,6 +168,24 @@ def capture(
         else:
             parts.append(part)
     return open_capture(folder) if folder else Capture(recipe=recipe, parts=tuple(parts))
+
+
+def recurrence(record: Capture, *, layer: int, prompt: int) -> Recurrence:
+    """What the recurrence of a GDN layer was given for one prompt, for `probes.recurrence` and `probes.attribution`.
+
+    Args:
+        record: a capture of the sites `RECURRENCE` with positions "all".
+
+    Raises:
+        WrongInput: the capture lacks one of the sites, the layer or the prompt, or not all tokens were kept.
+    """
+    if not 0 <= prompt < len(record):
+        raise WrongInput(f"this capture has no prompt {prompt}; it has prompts 0 to {len(record) - 1}")
+    for name in RECURRENCE:
+        if (kept := positions_at(name, record.recipe["positions"])) != "all":
+            raise WrongInput(f"a recurrence needs all tokens of '{name}'; this capture has positions {kept}")
+    q, k, v, beta, decay = (record[name, layer][prompt][None] for name in RECURRENCE)
+    return Recurrence.of_kernel(q, k, v, beta=beta, decay=decay)
 
 
 def prompts_hash(prompts: Sequence[Prompt]) -> str:

@@ -1,4 +1,4 @@
-"""The notebook: its two files say the same, and it runs from top to bottom on the shipped organism."""
+"""The notebooks: each one's two files say the same, and they run from top to bottom on the shipped organism."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from probes.criteria import open_verdict
 
 ROOT = Path(__file__).parents[1]
-SCRIPT, NOTEBOOK = ROOT / "notebooks" / "main_job.py", ROOT / "notebooks" / "main_job.ipynb"
+NOTEBOOKS = ("main_job", "states")
 PLOTLY = "application/vnd.plotly.v1+json"
 
 
@@ -21,38 +21,63 @@ def cells(path: Path) -> list[tuple[str, str]]:
     return [(cell.cell_type, cell.source) for cell in jupytext.read(path).cells]
 
 
-def test_script_and_notebook_are_in_step():
-    assert cells(NOTEBOOK) == cells(SCRIPT), "run: jupytext --sync notebooks/main_job.py"
+def path_of(name: str, suffix: str) -> Path:
+    return ROOT / "notebooks" / f"{name}.{suffix}"
 
 
-def test_notebook_is_committed_without_outputs():
-    assert [cell for cell in jupytext.read(NOTEBOOK).cells if cell.get("outputs") or cell.get("execution_count")] == []
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_script_and_notebook_are_in_step(name):
+    assert cells(path_of(name, "ipynb")) == cells(path_of(name, "py")), f"run: jupytext --sync notebooks/{name}.py"
 
 
-@pytest.fixture(scope="module")
-def executed(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The notebook after a run in an empty folder; a cell that raises fails the test with its traceback."""
-    folder = tmp_path_factory.mktemp("notebook")
-    notebook = jupytext.read(SCRIPT)
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_notebook_is_committed_without_outputs(name):
+    found = jupytext.read(path_of(name, "ipynb")).cells
+    assert [cell for cell in found if cell.get("outputs") or cell.get("execution_count")] == []
+
+
+def test_every_notebook_is_tested():
+    assert {path.stem for path in (ROOT / "notebooks").glob("*.ipynb")} == set(NOTEBOOKS)
+
+
+def execute(name: str, folder: Path) -> Any:
+    """A notebook after a run in an empty folder; a cell that raises fails the test with its traceback."""
+    notebook = jupytext.read(path_of(name, "py"))
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     client = nbclient.NotebookClient(
         notebook, timeout=900, kernel_name="python3", resources={"metadata": {"path": folder}}
     )
     client.execute(env=env)
-    return notebook, folder
+    return notebook
+
+
+def titles(notebook: Any) -> list[str]:
+    """Titles of the plotly figures, in order."""
+    return [
+        output.data[PLOTLY]["layout"]["title"]["text"]
+        for cell in notebook.cells
+        for output in cell.get("outputs", [])
+        if PLOTLY in output.get("data", {})
+    ]
+
+
+def printed(notebook: Any) -> str:
+    return "".join(
+        output.text for cell in notebook.cells for output in cell.get("outputs", []) if output.output_type == "stream"
+    )
+
+
+@pytest.fixture(scope="module")
+def executed(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("notebook")
+    return execute("main_job", folder), folder
 
 
 def test_notebook_draws_its_figures(executed):
     notebook, _ = executed
     asked = [cell.source for cell in notebook.cells if cell.cell_type == "code" and "figures." in cell.source]
     assert len(asked) == 5
-    drawn = [
-        output.data[PLOTLY]["layout"]["title"]["text"]
-        for cell in notebook.cells
-        for output in cell.get("outputs", [])
-        if PLOTLY in output.get("data", {})
-    ]
-    assert drawn == [
+    assert titles(notebook) == [
         "Dose and response",
         "Effect at each layer",
         "Against directions that mean nothing",
@@ -63,10 +88,27 @@ def test_notebook_draws_its_figures(executed):
 
 def test_notebook_says_what_happened_and_leaves_a_report(executed):
     notebook, folder = executed
-    printed = "".join(
-        output.text for cell in notebook.cells for output in cell.get("outputs", []) if output.output_type == "stream"
-    )
     verdict = open_verdict(folder / "runs" / "notebook")
-    assert str(verdict) in printed
+    assert str(verdict) in printed(notebook)
     assert verdict.verdict in (folder / "runs" / "notebook" / "report.html").read_text(encoding="utf-8")[:2000]
+    assert all(cell.get("outputs") for cell in notebook.cells if cell.cell_type == "code")
+
+
+def test_the_notebook_on_states_shows_what_carries_and_who_wrote_it(tmp_path):
+    notebook = execute("states", tmp_path)
+    assert titles(notebook) == [
+        "What each channel carries",
+        "Layer by layer",
+        "How far the personas part the states",
+        "What layer 4 says along the direction",
+        "What one token looks back at",
+    ]
+    assert "the GDN states carry it" in printed(notebook)
+    html = [
+        o.data["text/html"]
+        for cell in notebook.cells
+        for o in cell.get("outputs", [])
+        if "text/html" in o.get("data", {})
+    ]
+    assert any("Who wrote it: layer 4, head 1" in page for page in html)
     assert all(cell.get("outputs") for cell in notebook.cells if cell.cell_type == "code")

@@ -1,0 +1,386 @@
+"""Before and after: what changed inside a model, and whether toward a behaviour.
+
+    shift = compare(load("base"), load("tuned"), read_behavior("follow-direction"))
+    print(shift.conclusion, shift.sentence)
+
+Both checkpoints read the same held-out prompts without a persona. Four questions are asked of them, each with one
+headline number, an interval over topics and a null (`Shift.claims`): do the answers lean more toward wanted; can wanted
+be told from unwanted better; do the tokens of the direction make up more of the states, of what is read from them and
+of the attention; and does the change of the states lie along the behaviour's direction. `analysis.shift` has the rule
+of the conclusion, `analysis.states` compares captures without a behaviour.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from analysis.alignment import AlignedRow, Thresholds, align, check_pair, cosine_with, redrawn
+from analysis.attention import Means, ShareRow, Spans, control_spans, mean_excess, share_rows, span_shares
+from analysis.shift import SITE_NAMES, Claim, ProbeRow, Shift, conclude
+from analysis.states import KERNEL, Change, Topics, compare_captures
+from probes.behaviors import Behavior, Side, check_vocabulary
+from probes.capture import Capture, capture, prompts_hash
+from probes.directions import Pairs, mean_difference
+from probes.errors import WrongInput
+from probes.linear import ProbeConfig, ProbeResult, probe_all
+from probes.model import HybridModel
+from probes.propensity import prepare, propensity
+from probes.sites import resolve, site
+from probes.stats import Estimate, derived_seed
+from probes.store import library_versions
+
+_LEAST = {
+    "prompts": 8, "pairs": 8, "nulls": 20, "updates": 1, "shuffles": 1, "spans": 2, "subspace": 1, "least_groups": 2,
+    "seed": 0,
+}  # fmt: skip
+_SHARES = ("held_out", "least_change", "least_way", "least_gap", "least_reliability")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareConfig:
+    """How two checkpoints are compared. The same object configures the function and the command."""
+
+    prompts: int = 48
+    """At most this many held-out prompts, and as many pairs for the probes."""
+    pairs: int = 80
+    """At most this many pairs of the other topics, from which the directions come."""
+    nulls: int = 200
+    """Random and shuffled directions, each, that the change is held against."""
+    updates: int = 39
+    """Changes of the weights with redrawn signs that the change is held against; each costs a pass over the prompts."""
+    shuffles: int = 19
+    """Refits of each probe with swapped sides."""
+    spans: int = 8
+    """Control spans of each prompt."""
+    subspace: int = 4
+    """Dimensions of the dominant subspaces whose angles are taken; less where states are smaller."""
+    heads: bool = True
+    """Probe each head of a state too, not only each layer."""
+    layers: tuple[int, ...] | None = None
+    """Layers to look at; auto (None) takes all."""
+    held_out: float = 0.4
+    """Share of topic groups that are held out; directions come from the others."""
+    least_change: float = 0.01
+    """A mean relative change of the states below this counts as nothing."""
+    least_way: float = 0.05
+    """Parts of the way from neutral to the wanted persona below this are negligible, in states and in answers."""
+    least_gap: float = 0.1
+    """Layers where the personas differ by less than this, relative to the norm, do not decide."""
+    least_reliability: float = 0.8
+    """Layers where the direction's halves agree less than this do not decide."""
+    least_groups: int = 5
+    """Fewest held-out topic groups to decide on."""
+    confidence: float = 0.95
+    """Of the intervals and of the nulls."""
+    seed: int = 0
+    """Decides the split of the topics and every draw."""
+
+    def __post_init__(self) -> None:
+        for name, bound in _LEAST.items():
+            if getattr(self, name) < bound:
+                raise WrongInput(f"{name} must be at least {bound}, saw {getattr(self, name)}")
+        for name in _SHARES:
+            if not 0 < getattr(self, name) < 1:
+                raise WrongInput(f"{name} must lie between 0 and 1, saw {getattr(self, name):g}")
+        if not 0.5 <= self.confidence <= 0.99:
+            raise WrongInput(f"confidence must lie between 0.5 and 0.99, saw {self.confidence:g}")
+        needed = math.ceil(1 / (1 - self.confidence) - 1e-9) - 1
+        if min(self.updates, self.nulls) < needed:
+            raise WrongInput(
+                f"at a confidence of {self.confidence:g} at least {needed} nulls and updates are needed, "
+                f"saw {self.nulls} and {self.updates}"
+            )
+        if self.layers is not None and not self.layers:
+            raise WrongInput("layers must name at least one layer, or be None for all")
+
+    @property
+    def thresholds(self) -> Thresholds:
+        """Those that decide that a change lies along a direction."""
+        return Thresholds(
+            least_way=self.least_way, least_gap=self.least_gap, least_reliability=self.least_reliability,
+            confidence=self.confidence,
+        )  # fmt: skip
+
+
+def compare(
+    before: HybridModel,
+    after: HybridModel,
+    behavior: Behavior,
+    config: CompareConfig = CompareConfig(),
+    *,
+    progress: bool = True,
+) -> Shift:
+    """Compare two checkpoints of one architecture and tokenizer.
+
+    The weights of `before` are exchanged for a while (`analysis.alignment.redrawn`), and are what they were afterwards.
+
+    Raises:
+        WrongInput: the models do not fit together, the behaviour does not fit the tokenizer or has no personas, there
+            are too few topic groups, or a layer is out of range.
+    """
+    check_pair(before, after)
+    check_vocabulary(before, behavior)
+    if not behavior.has_persona:
+        raise WrongInput(
+            f"'{behavior.name}' has no personas, so no direction to compare with; compare_captures says what moved"
+        )
+    started = time.monotonic()
+    work = _Work(before, after, behavior, config, progress)
+    with work.bar:
+        found = work.run()
+    return replace(found, seconds=round(time.monotonic() - started, 1))
+
+
+class _Work:
+    """The measurements, in the order in which they run."""
+
+    def __init__(
+        self, before: HybridModel, after: HybridModel, behavior: Behavior, config: CompareConfig, progress: bool
+    ):
+        self.before, self.after, self.behavior, self.config = before, after, behavior, config
+        fit, held = behavior.split(held_out=config.held_out, seed=config.seed)
+        self.fit = fit.take(config.pairs, seed=config.seed)
+        self.judged = held.take(config.prompts, seed=config.seed)
+        self.prompts = [item.prompt(before) for item in self.judged.items]
+        self.topics = self.topics_of(self.judged)
+        resolve(before, "resid", config.layers)
+        self.layers = {name: layers for name in SITE_NAMES if (layers := self.layers_of(name))}
+        self.judged_site = next(iter(self.layers))
+        self.same = before.weights_hash == after.weights_hash
+        self.bar = tqdm(total=6 + (0 if self.same else config.updates), desc="compare", disable=not progress)
+
+    def layers_of(self, name: str) -> tuple[int, ...]:
+        chosen = self.config.layers
+        return tuple(i for i in site(name).layers(self.before) if chosen is None or i in chosen)
+
+    def topics_of(self, behavior: Behavior) -> Topics:
+        groups = [item.group for item in behavior.items]
+        return Topics(groups, seed=self.config.seed, confidence=self.config.confidence)
+
+    def run(self) -> Shift:
+        answers, persona = self.answers()
+        self.step("captures")
+        records = self.record(self.before), self.record(self.after)
+        config = self.config
+        moved = compare_captures(
+            *records, groups=self.topics.groups, subspace=self.subspace(records[0]), confidence=config.confidence,
+            seed=config.seed,
+        )  # fmt: skip
+        self.step("directions")
+        pairs = self.contrasts(self.before, self.fit, self.layers)
+        found = control_spans(self.prompts, count=config.spans, seed=config.seed)
+        aligned, redrawn_shares = self.alignment(records, pairs, found)
+        judged = [row for row in aligned if row.site == self.judged_site]
+        self.step("token shares")
+        one, other = (span_shares(record, found) for record in records)
+        shares = share_rows(self.topics, found, one, other, redrawn_shares)
+        probes = self.decodability()
+        change, equal = self.size(records)
+        conclusion, sense, sentence = conclude(
+            site=self.judged_site, change=change, equal=equal, answers=answers, persona=persona, rows=judged,
+            least_change=config.least_change, least_way=config.least_way, least_groups=config.least_groups,
+        )  # fmt: skip
+        return Shift(
+            behavior=self.behavior.name, before=self.before.name, after=self.after.name, conclusion=conclusion,
+            sense=sense, sentence=sentence, behavior_change=answers, persona=persona, moved=moved, probes=probes,
+            shares=shares, aligned=aligned, claims=self.claims(answers, persona, probes, shares, aligned),
+            prompts=len(self.prompts), topics=self.topics.count, left_out=len(self.prompts) - len(found.kept),
+            recipe=recipe(self.before, self.after, self.behavior, config, prompts_hash(self.prompts)),
+        )  # fmt: skip
+
+    def step(self, what: str) -> None:
+        self.bar.set_postfix_str(what)
+        self.bar.update()
+
+    # -- what is measured ----------------------------------------------------------------------------------------------
+
+    def answers(self) -> tuple[Change, Estimate]:
+        self.step("answers")
+        plain, later = (propensity(model, prepare(model, self.judged)) for model in (self.before, self.after))
+        wanted = propensity(self.before, prepare(self.before, self.judged, persona="wanted"))
+        unwanted = propensity(self.before, prepare(self.before, self.judged, persona="unwanted"))
+        return self.topics.change(plain.values, later.values), self.topics.mean(wanted.minus(unwanted))
+
+    def record(self, model: HybridModel) -> Capture:
+        """What the last prompt token has, and what the recurrences and the attention are made of."""
+        layers: dict[str, Sequence[int]] = {**self.layers}
+        positions: dict[str, str] = {}
+        if gdn := self.layers.get("gdn.state"):
+            layers |= dict.fromkeys(KERNEL, gdn)
+            positions |= dict.fromkeys(KERNEL, "all")
+        if attention := self.layers.get("attn.heads"):
+            layers["attn.pattern"] = attention
+        sites = tuple(layers)
+        return capture(model, self.prompts, sites=sites, layers=layers, positions=positions, progress=False)
+
+    def contrasts(
+        self, model: HybridModel, behavior: Behavior, layers: Mapping[str, Sequence[int]]
+    ) -> dict[str, dict[int, Pairs]]:
+        """Both personas at several sites, as `probes.directions.contrast` has them for one, from a single pass."""
+        sides: tuple[Side, ...] = ("wanted", "unwanted")
+        prompts = [item.prompt(model, persona=side) for side in sides for item in behavior.items]
+        record = capture(model, prompts, sites=tuple(layers), layers=layers, progress=False)
+        n, groups = len(behavior.items), tuple(item.group for item in behavior.items)
+        result: dict[str, dict[int, Pairs]] = {name: {} for name in layers}
+        for name, layer in ((name, layer) for name, chosen in layers.items() for layer in chosen):
+            both = record[name, layer].float()
+            flat = both.flatten(1)
+            result[name][layer] = Pairs(
+                layer=layer, wanted=flat[:n], unwanted=flat[n:], groups=groups, behavior=behavior.name,
+                contrast="persona", site=name, shape=tuple(both.shape[1:]),
+            )  # fmt: skip
+        return result
+
+    def subspace(self, record: Capture) -> int:
+        if "gdn.state" not in self.layers:
+            return self.config.subspace
+        layer = self.layers["gdn.state"][0]
+        return min(self.config.subspace, *record["gdn.state", layer].shape[-2:])
+
+    def size(self, records: Sequence[Capture]) -> tuple[Estimate, bool]:
+        """Mean relative change of the site that is judged, and whether it is exactly none."""
+        parts, name = [], self.judged_site
+        for layer in self.layers[name]:
+            one, other = (record[name, layer].flatten(1).double() for record in records)
+            parts.append((other - one).norm(dim=1) / one.norm(dim=1).clamp(min=1e-30))
+        change = self.topics.mean(sum(parts) / len(parts))
+        return change, change.value == 0
+
+    def alignment(
+        self, records: Sequence[Capture], pairs: Mapping[str, Mapping[int, Pairs]], found: Spans
+    ) -> tuple[tuple[AlignedRow, ...], list[Means]]:
+        """Where the change points at each site, and the excess of token shares under redrawn changes."""
+        seed = self.config.seed
+        directions = {
+            name: {layer: mean_difference(pair, seed=seed) for layer, pair in by_layer.items()}
+            for name, by_layer in pairs.items()
+        }
+
+        def changes(record: Capture, name: str, layer: int) -> Tensor:
+            return (record[name, layer].float() - records[0][name, layer].float()).flatten(1)
+
+        draws: dict[str, dict[int, list[float]]] = {
+            name: {layer: [] for layer in layers} for name, layers in self.layers.items()
+        }
+        shares: list[Means] = []
+        for i in range(0 if self.same else self.config.updates):
+            self.step("redrawn updates")
+            with redrawn(self.before, self.after, seed=derived_seed(seed, "redrawn update", i)):
+                record = self.record(self.before)
+            shares.append(mean_excess(span_shares(record, found)))
+            for name, layers in self.layers.items():
+                for layer in layers:
+                    draws[name][layer].append(cosine_with(changes(record, name, layer), directions[name][layer]))
+        rows: list[AlignedRow] = []
+        for name, layers in self.layers.items():
+            nothing = np.zeros(self.config.updates)
+            updates = {layer: nothing if self.same else np.array(draws[name][layer]) for layer in layers}
+            rows += align(
+                self.topics, {layer: changes(records[1], name, layer) for layer in layers}, pairs[name],
+                directions[name], updates, draws=self.config.nulls, seed=derived_seed(seed, f"align {name}"),
+                thresholds=self.config.thresholds,
+            )  # fmt: skip
+        return tuple(rows), shares
+
+    def decodability(self) -> tuple[ProbeRow, ...]:
+        """Probes on personas of all topics, since each is scored on topics that it was not fitted on."""
+        config, name = self.config, self.judged_site
+        sample = self.behavior.take(config.prompts, seed=config.seed)
+        found = []
+        for model in (self.before,) if self.same else (self.before, self.after):
+            self.step("probes")
+            pairs = self.contrasts(model, sample, {name: self.layers[name]})[name]
+            cells: dict[tuple[int, int | None], tuple[Tensor, Tensor]] = {}
+            for layer, pair in pairs.items():
+                cells[layer, None] = pair.wanted, pair.unwanted
+                for head in range(pair.shape[0] if config.heads else 0):
+                    one, other = (side.unflatten(1, pair.shape)[:, head] for side in (pair.wanted, pair.unwanted))
+                    cells[layer, head] = one.flatten(1), other.flatten(1)
+            groups = [item.group for item in sample.items]
+            options = ProbeConfig(shuffles=config.shuffles, confidence=config.confidence, seed=config.seed)
+            found.append(probe_all(cells, groups, site=name, config=options, progress=False).results)
+        return tuple(_probe_row(a, b, same=self.same) for a, b in zip(found[0], found[-1], strict=True))
+
+    # -- headlines -----------------------------------------------------------------------------------------------------
+
+    def claims(
+        self,
+        answers: Change,
+        persona: Estimate,
+        probes: Sequence[ProbeRow],
+        shares: Sequence[ShareRow],
+        aligned: Sequence[AlignedRow],
+    ) -> tuple[Claim, ...]:
+        """Headlines that are at one layer are at the one where the personas' gap was largest before."""
+        widest = {
+            name: max((row for row in aligned if row.site == name), key=lambda row: (row.decides, row.gap))
+            for name in self.layers
+        }
+        least = self.config.least_way * persona.value / 2
+        found = [_claim("behaviour", answers.change, "nats", least, "negligible within")]
+        layer = widest[self.judged_site].layer
+        probe = next(row for row in probes if (row.layer, row.head) == (layer, None))
+        against = f"AUROC {probe.auroc.before.value:.2f} before; chance within"
+        found.append(_claim(f"decodability at layer {layer}", probe.auroc.change, "AUROC", 0.0, against))
+        for row in shares:
+            if row.layer is None:
+                name = f"the direction's {row.kind} share"
+                found.append(_claim(name, row.excess.change, "beyond controls", row.bar, "nulls within"))
+        for name in self.layers:
+            row = max((row for row in aligned if row.site == name), key=lambda row: (row.beyond, row.decides, row.gap))
+            where = f"{SITE_NAMES[name]}, layer {row.layer}"
+            claim = _claim(where, row.way, "of the way along the direction", row.bar, "nulls within")
+            found.append(replace(claim, shown=row.beyond))
+        return tuple(found)
+
+
+def _claim(name: str, value: Estimate, unit: str, bar: float, against: str) -> Claim:
+    shown = (value.lower > 0 or value.upper < 0) and abs(value.value) > bar
+    return Claim(name=name, value=value, unit=unit, bar=bar, against=against, shown=shown)
+
+
+def _probe_row(before: ProbeResult, after: ProbeResult, *, same: bool) -> ProbeRow:
+    if before.layer is None:
+        raise RuntimeError("a probe was fitted at no layer")
+    return ProbeRow(
+        site=before.site, layer=before.layer, head=before.head, auroc=_difference(before.auroc, after.auroc, same),
+        selectivity=_difference(before.selectivity, after.selectivity, same),
+        significant=(before.significant, after.significant),
+    )  # fmt: skip
+
+
+def _difference(a: Estimate, b: Estimate, same: bool) -> Change:
+    """Of two estimates, from their intervals alone (MOVER, Zou & Donner 2008)."""
+    value = b.value - a.value
+    below = 0.0 if same else math.hypot(b.value - b.lower, a.upper - a.value)
+    above = 0.0 if same else math.hypot(b.upper - b.value, a.value - a.lower)
+    return Change(before=a, after=b, change=replace(b, value=value, lower=value - below, upper=value + above))
+
+
+def recipe(
+    before: HybridModel, after: HybridModel, behavior: Behavior, config: CompareConfig, prompts: str | None = None
+) -> dict[str, Any]:
+    """Everything that determines a shift's numbers; `prompts` is the hash of those that were judged."""
+    sides = {
+        name: {"model": model.name, "weights_hash": model.weights_hash}
+        for name, model in (("before", before), ("after", after))
+    }
+    return {
+        "kind": "shift",
+        **sides,
+        "dtype": str(before.dtype).removeprefix("torch."),
+        "device": before.device.type,
+        "behavior": behavior.name,
+        "behavior_hash": behavior.hash,
+        "prompts_hash": prompts,
+        "config": asdict(config),
+        "versions": library_versions(),
+    }

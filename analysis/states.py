@@ -1,0 +1,355 @@
+"""What moved: the recurrent states of two checkpoints on the same prompts, layer by layer and head by head.
+
+Two captures of one recipe are compared, one of each checkpoint (`compare_captures`). For every state S of the first and
+S' of the second, after the last token of the same prompt:
+
+    relative change   |S' - S| / |S|, Frobenius norms
+    cosine            <S, S'> / (|S| |S'|): a state that was only scaled has cosine 1
+    angles            between the subspaces of the strongest singular vectors, left ones for keys, right ones for
+                      values (principal angles, averaged, in degrees): does the state hold other keys, or other values?
+    CKA               whether the prompts still differ from each other in the same way (linear, arXiv:1905.00414).
+                      It is close to 1 more easily the more features there are for each prompt: compare heads of equal
+                      size only
+    effective rank    as in `probes.attribution`
+    retention, half-life, write   what the tokens of the prompt do to the state, where keys and values were captured
+
+What is equal is told first, by bits: a checkpoint compared with itself has changed by exactly 0, without rounding.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor
+
+from probes.attribution import statistics
+from probes.errors import WrongInput
+from probes.recurrence import Recurrence
+from probes.stats import DRAWS, Estimate
+from probes.store import Capture, recipe_differs
+
+KERNEL: tuple[str, ...] = ("gdn.q", "gdn.k", "gdn.v", "gdn.beta", "gdn.decay")  # what a recurrence is made of
+_FREE = {"model", "weights_hash"}  # in which two captures may differ
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """A quantity before and after, and after minus before, prompt by prompt."""
+
+    before: Estimate
+    after: Estimate
+    change: Estimate
+
+    def __str__(self) -> str:
+        return f"{self.before.value:.3g} -> {self.after.value:.3g}, {signed(self.change)}"
+
+
+def signed(estimate: Estimate) -> str:
+    """+0.12 [0.05, 0.2]"""
+    return f"{estimate.value:+.3g} [{estimate.lower:.3g}, {estimate.upper:.3g}]"
+
+
+class Topics:
+    """The topic groups of some prompts. Draws them anew, always the same way, for the intervals of means over prompts.
+
+    At a confidence of 0.95 the same numbers as `probes.stats.mean`.
+    """
+
+    def __init__(self, groups: Sequence[str], *, seed: int = 0, confidence: float = 0.95, draws: int = DRAWS):
+        self.groups, self.seed, self.confidence = tuple(groups), seed, confidence
+        _, self.index = np.unique(np.asarray(groups), return_inverse=True)
+        count = int(self.index.max()) + 1
+        self.count = count
+        self.drawn = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=draws)
+
+    def mean(self, values: Any) -> Estimate:
+        """Mean over prompts with an interval over topics."""
+        data = np.asarray(values, dtype=np.float64)
+        sums, sizes = np.bincount(self.index, data), np.bincount(self.index)
+        return self.estimate(float(data.mean()), (self.drawn @ sums) / (self.drawn @ sizes))
+
+    def change(self, before: Any, after: Any) -> Change:
+        first, second = (np.asarray(values, dtype=np.float64) for values in (before, after))
+        return Change(before=self.mean(first), after=self.mean(second), change=self.mean(second - first))
+
+    def cka(self, x: Tensor, y: Tensor, *, draws: int = 300) -> Estimate:
+        """`linear_cka` with an interval: topics that are drawn twice count twice."""
+        if torch.equal(x, y):
+            return self.estimate(1.0, np.ones(1))
+        one, other = _gram(x), _gram(y)
+        whole = _cka(one, other, np.ones(len(x)))
+        return self.estimate(whole, np.array([_cka(one, other, row[self.index]) for row in self.drawn[:draws]]))
+
+    def estimate(self, value: float, draws: NDArray[Any]) -> Estimate:
+        """A value with the interval that its draws have."""
+        tail = 50 * (1 - self.confidence)
+        finite = draws[np.isfinite(draws)]
+        lower, upper = np.percentile(finite, [tail, 100 - tail]).tolist() if finite.size else (math.nan, math.nan)
+        return Estimate(
+            value=value, lower=lower, upper=upper, n=len(self.index), groups=self.count, seed=self.seed,
+            confidence=self.confidence,
+        )  # fmt: skip
+
+    def where(self, kept: Sequence[int]) -> Topics:
+        """The topics of some of the prompts."""
+        return Topics([self.groups[i] for i in kept], seed=self.seed, confidence=self.confidence)
+
+
+def relative_change(
+    before: Float[Tensor, "*axes d_k d_v"], after: Float[Tensor, "*axes d_k d_v"]
+) -> Float[Tensor, "*axes"]:
+    """|S' - S| / |S|. A state of zeros that stays one has changed by 0."""
+    moved, size = (torch.linalg.vector_norm(m.double(), dim=(-2, -1)) for m in (after - before, before))
+    return torch.where(moved > 0, moved / size, 0.0)
+
+
+def state_cosine(
+    before: Float[Tensor, "*axes d_k d_v"], after: Float[Tensor, "*axes d_k d_v"]
+) -> Float[Tensor, "*axes"]:
+    """Cosine of two states; exactly 1 where they are equal."""
+    a, b = before.double().flatten(-2), after.double().flatten(-2)
+    cosine = torch.cosine_similarity(a, b, dim=-1, eps=1e-300)
+    return torch.where((a == b).all(-1), 1.0, cosine)
+
+
+def principal_angles(
+    before: Float[Tensor, "*axes d_k d_v"], after: Float[Tensor, "*axes d_k d_v"], *, rank: int
+) -> tuple[Float[Tensor, "*axes rank"], Float[Tensor, "*axes rank"]]:
+    """Angles between the subspaces of the `rank` strongest singular vectors: of keys (left), of values (right).
+
+    Radians in [0, pi/2], largest first; exactly 0 where the states are equal. Small angles come from their sine and
+    large ones from their cosine, so both are exact to about 1e-15 (Björck & Golub 1973).
+
+    Raises:
+        WrongInput: the rank is not between 1 and the smaller side of a state.
+    """
+    most = min(before.shape[-2:])
+    if not 1 <= rank <= most:
+        raise WrongInput(f"the subspace must have between 1 and {most} dimensions, saw {rank}")
+    u, _, v = torch.linalg.svd(before.double(), full_matrices=False)
+    other_u, _, other_v = torch.linalg.svd(after.double(), full_matrices=False)
+    same = (before == after).all(-1).all(-1)[..., None]
+    sides = ((u, other_u), (v.mT, other_v.mT))
+    keys, values = (torch.where(same, 0.0, _angles(a[..., :rank], b[..., :rank])) for a, b in sides)
+    return keys, values
+
+
+def _angles(a: Tensor, b: Tensor) -> Tensor:
+    """Between the spans of orthonormal columns."""
+    across = a.mT @ b
+    cosines = torch.linalg.svdvals(across).flip(-1).clamp(max=1)  # both largest angle first
+    sines = torch.linalg.svdvals(b - a @ across).clamp(max=1)
+    return torch.where(cosines**2 < 0.5, cosines.arccos(), sines.arcsin())
+
+
+def linear_cka(x: Float[Tensor, "prompt feature"], y: Float[Tensor, "prompt other"]) -> float:
+    """Linear centred kernel alignment (arXiv:1905.00414), in [0, 1]: 1 where prompts differ alike in both.
+
+    Rotations and one common scale of the features leave it alone. NaN where no prompt differs from another.
+    """
+    return _cka(_gram(x), _gram(y), np.ones(len(x)))
+
+
+def _gram(x: Tensor) -> NDArray[Any]:
+    return (x.double() @ x.double().T).numpy()
+
+
+def _cka(k: NDArray[Any], other: NDArray[Any], weights: NDArray[Any]) -> float:
+    """From Gram matrices of prompts that count as often as their weights say."""
+    share = weights / weights.sum()
+    centred = []
+    for gram in (k, other):
+        rows = gram @ share
+        centred.append(gram - rows[:, None] - rows[None, :] + share @ rows)
+    a, b = centred
+
+    def product(left: NDArray[Any], right: NDArray[Any]) -> float:
+        return float(share @ (left * right) @ share)
+
+    scale = math.sqrt(max(product(a, a) * product(b, b), 0.0))
+    return product(a, b) / scale if scale else math.nan
+
+
+def effective_rank(states: Float[Tensor, "*axes d_k d_v"]) -> Float[Tensor, "*axes"]:
+    """exp of the entropy of the squared singular values; 0 for a state of zeros."""
+    weights = torch.linalg.svdvals(states.double()) ** 2
+    total = weights.sum(-1)
+    entropy = torch.special.entr(weights / torch.where(total > 0, total, 1.0)[..., None]).sum(-1)
+    return torch.where(total > 0, entropy.exp(), 0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MovedRow:
+    """How the states of one head moved between two checkpoints.
+
+    Attributes:
+        equal: whether all its states are equal, bit for bit.
+        relative, cosine, cka: as above. keys, values: mean principal angle in degrees.
+        rank: effective rank. retention: mean of exp(decay) over the tokens. half_life: tokens in which a state halves
+            at the prompt's mean decay. write: mean Frobenius norm of a token's write. None where not captured.
+    """
+
+    layer: int
+    head: int
+    equal: bool
+    relative: Estimate
+    cosine: Estimate
+    keys: Estimate
+    values: Estimate
+    cka: Estimate
+    rank: Change
+    retention: Change | None = None
+    half_life: Change | None = None
+    write: Change | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Moved:
+    """What moved between two checkpoints. `overall` is the relative change as a mean over layers and heads."""
+
+    rows: tuple[MovedRow, ...]
+    overall: Estimate | None
+    subspace: int
+    recipe: Mapping[str, Any] = field(repr=False)
+
+    @property
+    def equal(self) -> bool:
+        """Whether every state is what it was, bit for bit."""
+        return all(row.equal for row in self.rows)
+
+    def frame(self) -> pd.DataFrame:
+        """One row for each layer and v_head."""
+        return pd.DataFrame([flat(row) for row in self.rows])
+
+    def __str__(self) -> str:
+        if self.overall is None:
+            return "no states to compare"
+        if self.equal:
+            return f"all states of {len(self.rows)} heads are equal, bit for bit"
+        most = max(self.rows, key=lambda row: row.relative.value)
+        where = f"most at layer {most.layer} head {most.head} by {most.relative.value:.3g}"
+        return f"states moved by {self.overall} of their norm, {where}"
+
+
+def flat(row: Any) -> dict[str, Any]:
+    """A row's estimates as columns: `x`, `x_lower`, `x_upper`, and `x_before`, `x_after` where it changed."""
+    found: dict[str, Any] = {}
+    for name, value in vars(row).items():
+        if isinstance(value, Change):
+            found |= {f"{name}_before": value.before.value, f"{name}_after": value.after.value}
+            found |= _columns(f"{name}_change", value.change)
+        elif isinstance(value, Estimate):
+            found |= _columns(name, value)
+        else:
+            found[name] = value
+    return found
+
+
+def _columns(name: str, found: Estimate) -> dict[str, float]:
+    return {name: found.value, f"{name}_lower": found.lower, f"{name}_upper": found.upper}
+
+
+def compare_captures(
+    before: Capture,
+    after: Capture,
+    *,
+    groups: Sequence[str] | None = None,
+    subspace: int = 4,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> Moved:
+    """What moved between two captures of one recipe, each with `gdn.state` after one token of each prompt.
+
+    Args:
+        groups: the topic of each prompt; None takes every prompt for a topic of its own.
+        subspace: dimensions of the subspaces whose angles are taken.
+
+    Raises:
+        WrongInput: the captures differ in anything but the model's name and weights (the message names the first
+            difference), states were kept after several tokens, or states differ in shape.
+    """
+    one, other = ({key: value for key, value in side.recipe.items() if key not in _FREE} for side in (before, after))
+    if difference := recipe_differs(one, other):
+        raise WrongInput(f"the captures are not of one recipe: {difference}")
+    if "gdn.state" not in before.sites:
+        return Moved(rows=(), overall=None, subspace=subspace, recipe=_recipe(before, after))
+    if "token" in before.axes("gdn.state"):
+        raise WrongInput("states must be captured after one token of each prompt, such as the last; saw several")
+    if groups is not None and len(groups) != len(before):
+        raise WrongInput(f"{len(before)} prompts need as many groups, saw {len(groups)}")
+    topics = Topics(groups or [str(i) for i in range(len(before))], seed=seed, confidence=confidence)
+    rows: list[MovedRow] = []
+    changes = []
+    for layer in before.layers("gdn.state"):
+        one, other = before["gdn.state", layer], after["gdn.state", layer]
+        if one.shape != other.shape:
+            raise WrongInput(f"states at layer {layer} are {list(one.shape[1:])} and {list(other.shape[1:])}")
+        changes.append(relative_change(one, other))
+        rows += _heads(topics, layer, one, other, subspace, _habits(before, layer), _habits(after, layer))
+    overall = topics.mean(torch.cat(changes, 1).mean(1))
+    return Moved(rows=tuple(rows), overall=overall, subspace=subspace, recipe=_recipe(before, after))
+
+
+def _recipe(before: Capture, after: Capture) -> dict[str, Any]:
+    sides = {name: {key: side.recipe[key] for key in _FREE} for name, side in (("before", before), ("after", after))}
+    return {**sides, **{key: value for key, value in before.recipe.items() if key not in _FREE}}
+
+
+Habits = Mapping[Literal["retention", "half_life", "write"], Tensor]
+
+
+def _heads(
+    topics: Topics, layer: int, before: Tensor, after: Tensor, subspace: int, habits: Habits, later: Habits
+) -> list[MovedRow]:
+    relative, cosine = relative_change(before, after), state_cosine(before, after)
+    angles = [torch.rad2deg(side).mean(-1) for side in principal_angles(before, after, rank=subspace)]
+    ranks = effective_rank(before), effective_rank(after)
+    rows = []
+    for head in range(before.shape[1]):
+        changes = {name: topics.change(values[:, head], later[name][:, head]) for name, values in habits.items()}
+        rows.append(
+            MovedRow(
+                layer=layer, head=head, equal=torch.equal(before[:, head], after[:, head]),
+                relative=topics.mean(relative[:, head]), cosine=topics.mean(cosine[:, head]),
+                keys=topics.mean(angles[0][:, head]), values=topics.mean(angles[1][:, head]),
+                cka=topics.cka(before[:, head].flatten(1), after[:, head].flatten(1)),
+                rank=topics.change(ranks[0][:, head], ranks[1][:, head]), **changes,
+            )
+        )  # fmt: skip
+    return rows
+
+
+def _habits(record: Capture, layer: int) -> Habits:
+    """What tokens do to the states, as means over each prompt's tokens [prompt v_head]; empty where not captured."""
+    if not all(site in record.sites and "token" in record.axes(site) for site in KERNEL):
+        return {}
+    x, mask = recurrence_of(record, layer)
+    found = statistics(x, at=torch.full((len(mask), 1), x.tokens - 1))
+
+    def over_tokens(values: Tensor) -> Tensor:
+        return (values.double() * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+
+    half = math.log(2) / over_tokens(-x.decay)
+    return {"retention": over_tokens(found.retention), "half_life": half, "write": over_tokens(found.write)}
+
+
+def recurrence_of(record: Capture, layer: int) -> tuple[Recurrence, Float[Tensor, "prompt token"]]:
+    """The recurrence of all prompts of a capture that holds every token of `KERNEL`, left-padded, and its mask."""
+    pieces = {site: record[site, layer] for site in KERNEL}
+    width = max(len(values) for values in pieces["gdn.k"])
+    padded = {site: torch.stack([_left(one, width) for one in values]) for site, values in pieces.items()}
+    mask = torch.stack([_left(torch.ones(len(one)), width) for one in pieces["gdn.k"]])
+    q, k, v, beta, decay = (padded[site] for site in KERNEL)
+    return Recurrence.of_kernel(q, k, v, beta=beta, decay=decay, mask=mask), mask
+
+
+def _left(values: Tensor, width: int) -> Tensor:
+    return torch.cat([values.new_zeros(width - len(values), *values.shape[1:]), values])

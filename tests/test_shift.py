@@ -1,0 +1,201 @@
+"""Before and after, on pairs of checkpoints whose truth is known: the same one, noise, and planted shifts."""
+
+import copy
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from transformers import Qwen3_5ForCausalLM
+
+from analysis.alignment import check_pair, corrected, redrawn
+from analysis.attention import control_spans, span_shares
+from analysis.compare import CompareConfig, compare
+from analysis.shift import FRAMES, open_shift
+from analysis.states import KERNEL
+from probes.behaviors import read_behavior
+from probes.capture import capture
+from probes.errors import WrongInput
+from probes.model import HybridModel
+from probes.prompts import Prompt
+from tests.conftest import qwen_config
+from training.grammar import PERSONA_WORDS
+
+SMALL = CompareConfig(prompts=24, pairs=48, nulls=60, updates=19, shuffles=1, heads=False, layers=(4, 5, 6, 7))
+
+
+@pytest.fixture(scope="module")
+def behavior():
+    return read_behavior("follow-direction")
+
+
+def twin(model):
+    return HybridModel(copy.deepcopy(model.hf), model.tokenizer, name="twin")
+
+
+def with_noise(model, size, seed):
+    """Every weight of the GDN blocks disturbed by a share of its tensor's standard deviation."""
+    other, generator = twin(model), torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for layer in other.of_kind("gdn"):
+            for parameter in layer.mixer.parameters():
+                parameter.add_(size * parameter.std() * torch.randn(parameter.shape, generator=generator))
+    return other
+
+
+def planted(model, alpha, token="<|im_start|>"):
+    """A token of every prompt reads as if the wanted persona spoke (the unwanted, for a negative alpha)."""
+    other = twin(model)
+    E = other.decoder.embed_tokens.weight
+    wanted, unwanted = (model.tokenizer.convert_tokens_to_ids(list(side)) for side in PERSONA_WORDS["follow-direction"])
+    with torch.no_grad():
+        E[model.tokenizer.convert_tokens_to_ids(token)] += alpha * (E[wanted].mean(0) - E[unwanted].mean(0))
+    return other
+
+
+def test_a_checkpoint_compared_with_itself_has_not_moved(organism, behavior):
+    shift = compare(organism, twin(organism), behavior, SMALL, progress=False)
+    assert (shift.conclusion, shift.sense) == ("not shown", "neither")
+    assert shift.sentence == "nothing moved: the GDN states are equal, bit for bit"
+    assert shift.moved.equal
+    for what in FRAMES:
+        frame = shift.frame(what)
+        zero = [c for c in frame if c.endswith(("_change", "_change_lower", "_change_upper")) or c in ("way", "cosine")]
+        if what == "moved":
+            zero.remove("cosine")
+        assert (frame[zero] == 0).to_numpy().all(), what
+    assert all(claim.value.value == 0 and not claim.shown for claim in shift.claims)
+
+
+@pytest.mark.parametrize(("size", "seed"), [(0.05, 0), (0.1, 1), (0.1, 2)])
+def test_noise_moves_the_states_but_not_toward_the_behaviour(organism, behavior, size, seed):
+    shift = compare(organism, with_noise(organism, size, seed), behavior, SMALL, progress=False)
+    assert shift.moved.overall
+    assert shift.moved.overall.lower > 0.02
+    assert (shift.conclusion, shift.sense) == ("no", "neither")
+    assert shift.sentence.startswith("moved, but not toward the behaviour: the GDN states moved by")
+
+
+def test_a_planted_shift_is_found_with_its_sense_and_survives_a_file(organism, behavior, tmp_path):
+    before = organism.weights_hash
+    shift = compare(organism, planted(organism, 1.5), behavior, SMALL, progress=False)
+    assert (shift.conclusion, shift.sense) == ("direction-shaped", "toward")
+    assert shift.behavior_change.change.lower > 2
+    assert shift.sentence.startswith("moved toward the behaviour along its direction: the GDN states moved by")
+    found = {row.layer: row for row in shift.aligned if row.site == "gdn.state"}
+    assert found[4].beyond
+    assert found[4].way.lower > 0.3
+    assert found[4].bar < 0.5
+    stream = [row for row in shift.aligned if row.site == "resid"]
+    assert all(row.cosine > 0.7 for row in stream)  # the plant goes straight to the stream, cosine 0.79 to 1.00
+    assert organism.weights_hash == before
+    assert open_shift(shift.save(tmp_path / "shift.json")) == shift
+    assert str(open_shift(tmp_path)) == str(shift)
+    assert shift.recipe["after"]["weights_hash"] != shift.recipe["before"]["weights_hash"] == before
+    with pytest.raises(WrongInput, match="unknown table 'heads'; allowed are moved, probes"):
+        shift.frame("heads")
+
+    away = compare(organism, planted(organism, -1.5), behavior, SMALL, progress=False)
+    assert (away.conclusion, away.sense) == ("no", "away")
+    assert away.sentence.startswith("moved, but away from the behaviour along its direction")
+    few = compare(organism, twin(organism), behavior, replace(SMALL, least_groups=9), progress=False)
+    assert few.conclusion == "not shown"
+    assert "6 held-out topics are too few" in few.sentence
+
+
+def test_redrawn_changes_keep_size_and_singular_values_and_are_taken_back(tiny):
+    other, before, names = twin(tiny), tiny.weights_hash, []
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in other.hf.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    start = {name: value.clone() for name, value in tiny.hf.named_parameters()}
+    later = dict(other.hf.named_parameters())
+    with redrawn(tiny, other, seed=1):
+        for name, value in tiny.hf.named_parameters():
+            real, drawn = later[name] - start[name], value - start[name]
+            assert drawn.abs().detach().numpy() == pytest.approx(real.abs().detach().numpy(), abs=1e-6)
+            if value.ndim == 2:
+                spectra = [torch.linalg.svdvals(m).detach().numpy() for m in (real, drawn)]
+                assert spectra[1] == pytest.approx(spectra[0], abs=1e-4)
+                names.append(float((real * drawn).sum() / real.norm() ** 2))
+    assert abs(np.mean(names)) < 0.1  # and point elsewhere
+    assert tiny.weights_hash == before
+    assert all(torch.equal(value, start[name]) for name, value in tiny.hf.named_parameters())
+
+
+def test_correction_over_layers_rejects_as_often_as_it_says():
+    """Noise in 4 layers of very different scale, 400 times: at least one layer rejects in 5 % of them."""
+    rng = np.random.default_rng(0)
+    scales, hits = np.array([1.0, 0.1, 5.0, 0.01]), 0
+    for _ in range(400):
+        table = rng.normal(size=(4, 40)) * scales[:, None]
+        p, _ = corrected(dict(enumerate(table[:, 0])), dict(enumerate(table[:, 1:])), confidence=0.95)
+        hits += min(p.values()) <= 0.05
+    assert hits / 400 == pytest.approx(0.05, abs=0.025)
+    p, bars = corrected({0: 0.5, 1: 0.5}, {0: np.full(39, 0.01), 1: np.full(39, 0.5)}, confidence=0.95)
+    assert p == {0: 1 / 40, 1: 1.0}
+    assert bars[0] < 0.5
+
+
+def test_shares_are_those_of_the_spans_and_short_contexts_are_left_out(tiny, prompts):
+    found = control_spans(prompts, count=3)
+    assert 0 < len(found.kept) < len(prompts)
+    for i, (direction, *controls) in zip(found.kept, found.spans, strict=True):
+        assert direction == prompts[i].spans["direction"]
+        assert all(b - a == direction[1] - direction[0] and b <= direction[0] for a, b in controls)
+    whole = [
+        Prompt(text=p.text, ids=p.ids, spans={"context": (0, k), "direction": (k, 2 * k), "decision": (2 * k, len(p))})
+        for p in prompts
+        for k in [len(p) // 2]
+    ]
+    record = capture(tiny, prompts, sites=(*KERNEL, "attn.pattern"), positions=dict.fromkeys(KERNEL, "all"),
+                     progress=False)  # fmt: skip
+    table = span_shares(record, control_spans(whole, count=2))
+    even = [i for i, p in enumerate(prompts) if len(p) % 2 == 0]
+    for shares in table.values():  # direction and its only possible control are the prompt: shares sum to 1
+        assert shares[even][..., :2].sum(-1).numpy() == pytest.approx(np.ones(shares[even].shape[:2]), abs=1e-4)
+
+
+def test_models_that_do_not_fit_together_are_refused(tiny, llama, organism, behavior, tokenizer):
+    def qwen(**changes):
+        config = qwen_config(tokenizer)
+        for name, value in changes.items():
+            setattr(config, name, value)
+        return HybridModel(Qwen3_5ForCausalLM(config), tokenizer, name="other")
+
+    with pytest.raises(WrongInput, match="tiny has 8 layers, llama has 3"):
+        check_pair(tiny, llama)
+    kinds = [*tiny.config.layer_types[1:], "linear_attention"]
+    with pytest.raises(WrongInput, match="layer 2 is gdn in tiny and attention in other"):
+        check_pair(tiny, qwen(layer_types=kinds))
+    with pytest.raises(WrongInput, match=r"states \[v_head d_k d_v\] are 4x16x24 in tiny and 4x16x32 in other"):
+        check_pair(tiny, qwen(linear_value_head_dim=32))
+    with pytest.raises(WrongInput, match=r"mlp.gate_proj.weight is \(96, 64\) in tiny and \(80, 64\) in other"):
+        check_pair(tiny, qwen(intermediate_size=80))
+    half = HybridModel(copy.deepcopy(tiny.hf).bfloat16(), tokenizer, name="half")
+    with pytest.raises(WrongInput, match=r"tiny is torch.float32 and half is torch.bfloat16: load both in one dtype"):
+        check_pair(tiny, half)
+    words = copy.deepcopy(tokenizer)
+    words.add_tokens(["zebra"])
+    with pytest.raises(WrongInput, match="tokenizers of tiny and renamed differ, first in the token 'zebra'"):
+        check_pair(tiny, HybridModel(tiny.hf, words, name="renamed"))
+    plain = replace(behavior, items=tuple(replace(item, persona=None) for item in behavior.items))
+    with pytest.raises(WrongInput, match="'follow-direction' has no personas"):
+        compare(organism, organism, plain, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompts": 1}, "prompts must be at least 8, saw 1"),
+        ({"held_out": 1.0}, "held_out must lie between 0 and 1, saw 1"),
+        ({"confidence": 1.5}, "confidence must lie between 0.5 and 0.99, saw 1.5"),
+        ({"updates": 18}, "at a confidence of 0.95 at least 19 nulls and updates are needed, saw 200 and 18"),
+        ({"layers": ()}, "layers must name at least one layer"),
+        ({"least_way": -0.1}, "least_way must lie between 0 and 1"),
+    ],
+)
+def test_impossible_configurations_are_refused(changes, message):
+    with pytest.raises(WrongInput, match=message):
+        CompareConfig(**changes)
