@@ -104,6 +104,30 @@ def files(tmp_path) -> Path:
         (["verify", "sentiment", "--control-percentile", "150"], "control_percentile must lie between 50 and 100"),
         (["verify", "sentiment", "--prompts", "0"], "prompts must be at least 2, saw 0"),
         (["verify", "sentiment-en"], "% of its tokens are unknown to the tokenizer"),
+        (["verify", "sentiment", "--heads", "1"], "heads were chosen, but the residual stream has none"),
+        (
+            ["verify", "sentiment", "--site", "gdn.state", "--heads", "5"],
+            "heads of gdn.state at layer 0 are 0 to 1, saw 5",
+        ),
+        (["verify", "sentiment", "--form", "write"], "form 'write' is for states; the site is 'resid'"),
+        (["verify", "sentiment", "--site", "gdn.state", "--layers", "3"], "does not exist at layer 3 (attention)"),
+        (["verify", "sentiment", "--direction", "low-rank"], "direction 'low-rank' is for states"),
+        (
+            ["verify", "sentiment", "--site", "gdn.state", "--form", "initial", "--phase", "both"],
+            "form 'initial' edits before the prompt: phase must be prefill, saw 'both'",
+        ),
+        (
+            ["verify", "sentiment", "--site", "gdn.state", "--direction", "low-rank", "--rank", "65", "--layers", "4"],
+            "rank must lie between 1 and 64 for states of 64x64, saw 65",
+        ),
+        (["localize", "kindness"], "unknown behaviour 'kindness'"),
+        (["localize", "sentiment", "--layers", "9"], "layer 9 is out of range: organism has layers 0 to 7"),
+        (["localize", "sentiment", "--prompts", "3"], "prompts must be at least 8, saw 3"),
+        (["localize", "sentiment", "--out", "{}/plain.txt"], "is a file; --out must be a folder"),
+        (["localize", "sentiment-en"], "% of its tokens are unknown to the tokenizer"),
+        (["probe", "sentiment", "--site", "gdn.stat"], "unknown site 'gdn.stat'; allowed are"),
+        (["probe", "sentiment", "--site", "attn.pattern"], "'attn.pattern' has one entry for each earlier token"),
+        (["probe", "sentiment", "--folds", "1"], "folds must lie between 2 and"),
         (["capture", "sentiment", "--sites", "gdn.stat", "--out", "{}/c"], "unknown site 'gdn.stat'; allowed are"),
         (
             ["capture", "sentiment", "--sites", "gdn.state", "--layers", "3", "--out", "{}/c"],
@@ -127,6 +151,36 @@ def test_wrong_input_is_one_clear_line_and_exit_code_2(files, capsys, monkeypatc
     assert message in said[0]
     assert "Traceback" not in err
     assert not list(files.glob("runs/*/verdict.json"))
+
+
+def test_localize_names_the_carrier_and_leaves_a_page(tmp_path, capsys):
+    out = tmp_path / "where"
+    quick = ["localize", "sentiment", "--model", "organism-attention", "--out", str(out), "--prompts", "12",
+             "--controls", "4", "--layer-controls", "2", "--head-layers", "0"]  # fmt: skip
+    code, said, _ = run(capsys, *quick)
+    assert code == 0
+    assert "attention: the attention carries it: " in said
+    assert {p.name for p in out.iterdir()} == {"recipe.json", "localization.json", "report.html"}
+    first = (out / "report.html").read_text()
+    code, said, _ = run(capsys, *quick)
+    assert code == 0
+    assert f"{out} holds this localization already" in said
+    assert (out / "report.html").read_text() == first
+    code, _, err = run(capsys, *quick, "--seed", "1")
+    assert code == 2
+    assert "holds another recipe (config.seed was 0 and is now 1)" in err
+
+
+def test_probe_tells_where_the_sides_can_be_read(tmp_path, capsys):
+    out = tmp_path / "probes"
+    code, said, _ = run(
+        capsys, "probe", "sentiment", "--layers", "0,4", "--prompts", "32", "--shuffles", "19", "--out", str(out)
+    )
+    assert code == 0
+    assert "gdn.state 4 head 1: AUROC 1 " in said
+    table = (out / "probes.csv").read_text().splitlines()
+    assert table[0].startswith("site,layer,head,auroc")
+    assert len(table) == 1 + 2 * 3  # two layers, each whole and by two heads
 
 
 def test_capture_writes_and_says_what_it_holds(tmp_path, capsys):

@@ -18,6 +18,7 @@ from probes.capture import capture
 from probes.errors import WrongInput
 from probes.model import HybridModel
 from probes.prompts import Prompt
+from probes.store import recipe_differs
 from tests.conftest import qwen_config
 from training.grammar import PERSONA_WORDS
 
@@ -89,8 +90,10 @@ def test_a_planted_shift_is_found_with_its_sense_and_survives_a_file(organism, b
     stream = [row for row in shift.aligned if row.site == "resid"]
     assert all(row.cosine > 0.7 for row in stream)  # the plant goes straight to the stream, cosine 0.79 to 1.00
     assert organism.weights_hash == before
-    assert open_shift(shift.save(tmp_path / "shift.json")) == shift
-    assert str(open_shift(tmp_path)) == str(shift)
+    again = open_shift(shift.save(tmp_path / "shift.json"))
+    assert recipe_differs(again.recipe, shift.recipe) is None
+    assert replace(again, recipe={}) == replace(shift, recipe={})
+    assert open_shift(tmp_path).table() == shift.table()
     assert shift.recipe["after"]["weights_hash"] != shift.recipe["before"]["weights_hash"] == before
     with pytest.raises(WrongInput, match="unknown table 'heads'; allowed are moved, probes"):
         shift.frame("heads")
@@ -118,7 +121,7 @@ def test_redrawn_changes_keep_size_and_singular_values_and_are_taken_back(tiny):
             if value.ndim == 2:
                 spectra = [torch.linalg.svdvals(m).detach().numpy() for m in (real, drawn)]
                 assert spectra[1] == pytest.approx(spectra[0], abs=1e-4)
-                names.append(float((real * drawn).sum() / real.norm() ** 2))
+                names.append(float(((real * drawn).sum() / real.norm() ** 2).detach()))
     assert abs(np.mean(names)) < 0.1  # and point elsewhere
     assert tiny.weights_hash == before
     assert all(torch.equal(value, start[name]) for name, value in tiny.hf.named_parameters())

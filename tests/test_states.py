@@ -146,8 +146,8 @@ def test_what_moved_is_what_the_states_and_the_recurrence_say(tiny, prompts, rec
     assert row.retention.change.upper < 0
     assert effective_rank(torch.eye(3)).item() == pytest.approx(3)
     only_states = compare_captures(*(capture(m, prompts, sites=("gdn.state",), progress=False) for m in (tiny, other)))
-    assert only_states.rows[18].relative == row.relative
-    assert only_states.rows[18].write is None
+    assert only_states.rows[14].relative == row.relative
+    assert only_states.rows[14].write is None
 
 
 def test_captures_of_different_recipes_are_refused(tiny, prompts, record):
@@ -158,7 +158,7 @@ def test_captures_of_different_recipes_are_refused(tiny, prompts, record):
         compare_captures(record, taken(prompts[:6]))
     with pytest.raises(WrongInput, match=r"not of one recipe: prompts_hash was"):
         compare_captures(record, taken([*prompts[1:], prompts[0]]))
-    with pytest.raises(WrongInput, match=r"not of one recipe: layers.gdn.state was"):
+    with pytest.raises(WrongInput, match=r"not of one recipe: layers.gdn.q was"):
         compare_captures(record, taken(prompts, layers=(0, 1)))
     both = taken(prompts, sites=("gdn.state",), positions="tokens:decision")
     with pytest.raises(WrongInput, match="after one token of each prompt"):
