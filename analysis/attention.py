@@ -24,9 +24,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from analysis.states import KERNEL, Change, Topics, recurrence_of
+from analysis.states import Change, Topics
 from probes.attribution import Attribution, attribute_output, attribute_state, over_spans
+from probes.capture import RECURRENCE, recurrences
 from probes.prompts import Prompt, Span
+from probes.recurrence import left_padded
 from probes.stats import derived_seed
 from probes.store import Capture
 
@@ -105,9 +107,9 @@ def span_shares(record: Capture, found: Spans) -> Table:
     if not found.kept:
         return table
     kept = list(found.kept)
-    if set(KERNEL) <= set(record.sites):
+    if set(RECURRENCE) <= set(record.sites):
         for layer in record.layers("gdn.k"):
-            x, mask = recurrence_of(record, layer)
+            x, mask = left_padded(recurrences(record, layer=layer))
             last = torch.full((len(mask), 1), x.tokens - 1)
             padding = (x.tokens - mask.sum(1)).long().tolist()
             spans = [

@@ -25,12 +25,12 @@ from tqdm.auto import tqdm
 from analysis.alignment import AlignedRow, Thresholds, align, check_pair, cosine_with, redrawn
 from analysis.attention import Means, ShareRow, Spans, control_spans, mean_excess, share_rows, span_shares
 from analysis.shift import SITE_NAMES, Claim, ProbeRow, Shift, conclude
-from analysis.states import KERNEL, Change, Topics, compare_captures
+from analysis.states import Change, Topics, compare_captures
 from probes.behaviors import Behavior, Side, check_vocabulary
-from probes.capture import Capture, capture, prompts_hash
+from probes.capture import RECURRENCE, Capture, capture, prompts_hash
 from probes.directions import Pairs, mean_difference
 from probes.errors import WrongInput
-from probes.linear import ProbeConfig, ProbeResult, probe_all
+from probes.linear import ProbeConfig, ProbeResult, cells, probe_all
 from probes.model import HybridModel
 from probes.propensity import prepare, propensity
 from probes.sites import resolve, site
@@ -214,8 +214,8 @@ class _Work:
         layers: dict[str, Sequence[int]] = {**self.layers}
         positions: dict[str, str] = {}
         if gdn := self.layers.get("gdn.state"):
-            layers |= dict.fromkeys(KERNEL, gdn)
-            positions |= dict.fromkeys(KERNEL, "all")
+            layers |= dict.fromkeys(RECURRENCE, gdn)
+            positions |= dict.fromkeys(RECURRENCE, "all")
         if attention := self.layers.get("attn.heads"):
             layers["attn.pattern"] = attention
         sites = tuple(layers)
@@ -298,15 +298,10 @@ class _Work:
         for model in (self.before,) if self.same else (self.before, self.after):
             self.step("probes")
             pairs = self.contrasts(model, sample, {name: self.layers[name]})[name]
-            cells: dict[tuple[int, int | None], tuple[Tensor, Tensor]] = {}
-            for layer, pair in pairs.items():
-                cells[layer, None] = pair.wanted, pair.unwanted
-                for head in range(pair.shape[0] if config.heads else 0):
-                    one, other = (side.unflatten(1, pair.shape)[:, head] for side in (pair.wanted, pair.unwanted))
-                    cells[layer, head] = one.flatten(1), other.flatten(1)
             groups = [item.group for item in sample.items]
             options = ProbeConfig(shuffles=config.shuffles, confidence=config.confidence, seed=config.seed)
-            found.append(probe_all(cells, groups, site=name, config=options, progress=False).results)
+            asked = cells(pairs, heads=config.heads)
+            found.append(probe_all(asked, groups, site=name, config=options, progress=False).results)
         return tuple(_probe_row(a, b, same=self.same) for a, b in zip(found[0], found[-1], strict=True))
 
     # -- headlines -----------------------------------------------------------------------------------------------------

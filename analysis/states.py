@@ -31,12 +31,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from probes.attribution import statistics
+from probes.capture import RECURRENCE, recurrences
 from probes.errors import WrongInput
-from probes.recurrence import Recurrence
+from probes.recurrence import left_padded
 from probes.stats import DRAWS, Estimate
 from probes.store import Capture, recipe_differs
 
-KERNEL: tuple[str, ...] = ("gdn.q", "gdn.k", "gdn.v", "gdn.beta", "gdn.decay")  # what a recurrence is made of
 _FREE = {"model", "weights_hash"}  # in which two captures may differ
 
 
@@ -329,9 +329,9 @@ def _heads(
 
 def _habits(record: Capture, layer: int) -> Habits:
     """What tokens do to the states, as means over each prompt's tokens [prompt v_head]; empty where not captured."""
-    if not all(site in record.sites and "token" in record.axes(site) for site in KERNEL):
+    if not all(site in record.sites and "token" in record.axes(site) for site in RECURRENCE):
         return {}
-    x, mask = recurrence_of(record, layer)
+    x, mask = left_padded(recurrences(record, layer=layer))
     found = statistics(x, at=torch.full((len(mask), 1), x.tokens - 1))
 
     def over_tokens(values: Tensor) -> Tensor:
@@ -339,17 +339,3 @@ def _habits(record: Capture, layer: int) -> Habits:
 
     half = math.log(2) / over_tokens(-x.decay)
     return {"retention": over_tokens(found.retention), "half_life": half, "write": over_tokens(found.write)}
-
-
-def recurrence_of(record: Capture, layer: int) -> tuple[Recurrence, Float[Tensor, "prompt token"]]:
-    """The recurrence of all prompts of a capture that holds every token of `KERNEL`, left-padded, and its mask."""
-    pieces = {site: record[site, layer] for site in KERNEL}
-    width = max(len(values) for values in pieces["gdn.k"])
-    padded = {site: torch.stack([_left(one, width) for one in values]) for site, values in pieces.items()}
-    mask = torch.stack([_left(torch.ones(len(one)), width) for one in pieces["gdn.k"]])
-    q, k, v, beta, decay = (padded[site] for site in KERNEL)
-    return Recurrence.of_kernel(q, k, v, beta=beta, decay=decay, mask=mask), mask
-
-
-def _left(values: Tensor, width: int) -> Tensor:
-    return torch.cat([values.new_zeros(width - len(values), *values.shape[1:]), values])

@@ -10,15 +10,19 @@ from typing import Annotated
 import tyro
 from tyro.conf import Positional
 
+from analysis.compare import CompareConfig, compare
+from analysis.compare import recipe as compare_recipe
 from analysis.localization_report import write_localization_report
 from analysis.report import write_report
+from analysis.shift import Shift, open_shift
+from analysis.shift_report import write_shift_report
 from probes.behaviors import Behavior, check_vocabulary, read_behavior, shipped_behaviors
 from probes.capture import capture
 from probes.criteria import Verdict, open_verdict
 from probes.directions import contrast, save_direction
 from probes.errors import WrongInput
 from probes.linear import ProbeConfig, cells, probe_all
-from probes.localization import open_localization
+from probes.localization import Localization, open_localization
 from probes.localize import LocalizeConfig, localize
 from probes.localize import recipe as localize_recipe
 from probes.model import HybridModel, load
@@ -115,10 +119,51 @@ class Localize:
         else:
             found = localize(model, behavior, self.config)
             found.save(out / "localization.json")
-        print(found.table())
-        print(f"{found.carrier}: {found.sentence}")
-        print(write_localization_report(found, out / "report.html"))
-        return 0
+        return _show(found, write_localization_report(found, out / "report.html"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compare:
+    """Tell what moved between two checkpoints, and whether it moved toward a behaviour.
+
+    Compares the recurrent states on prompts without a persona, and holds their change against the behaviour's direction
+    and against changes that mean nothing. Prints the headlines and the conclusion (direction-shaped, no, or not shown),
+    and writes shift.json and report.html.
+
+    dispositions compare ./base ./tuned --behavior follow-direction
+
+    dispositions compare organism organism --behavior follow-direction
+    """
+
+    before: Annotated[Positional[str], tyro.conf.arg(metavar="BASE")]
+    """The model before: organism, a local folder, a .gguf file or a hub id."""
+    after: Annotated[Positional[str], tyro.conf.arg(metavar="TUNED")]
+    """The model after, of the same architecture and tokenizer."""
+    behavior: str
+    """A shipped behaviour (see `dispositions behaviors`) or a JSONL file of contrast pairs with personas."""
+    out: Path | None = None
+    """Folder of the run; runs/compare-BEHAVIOR-BASE-TUNED when not given. A finished run of the same recipe is not
+    repeated."""
+    device: Device = "cpu"
+    dtype: Dtype = "auto"
+    config: CompareConfig = field(default_factory=CompareConfig)
+
+    def run(self) -> int:
+        behavior = read_behavior(self.behavior)
+        before, after = (load(source, device=self.device, dtype=self.dtype) for source in (self.before, self.after))
+        check_vocabulary(before, behavior)
+        models = f"{_model_slug(self.before)}-{_model_slug(self.after)}"
+        out = self.out or Path("runs") / f"compare-{_slug(behavior.name)}-{models}"
+        asked = compare_recipe(before, after, behavior, self.config)
+        finished = _claim(out, asked, "shift.json") and (out / "shift.json").is_file()
+        print(before, after, behavior, sep="\n")
+        if finished:
+            print(f"{out} holds this comparison already")
+            shift = open_shift(out)
+        else:
+            shift = compare(before, after, behavior, self.config)
+            shift.save(out / "shift.json")
+        return _show(shift, write_shift_report(shift, out / "report.html"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,15 +293,29 @@ class Behaviors:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """Write report.html again from a run's verdict.json."""
+    """Write report.html again from a run's verdict.json, localization.json or shift.json."""
 
     run_folder: Annotated[Positional[Path], tyro.conf.arg(metavar="RUN")]
     """A run folder, such as runs/demo."""
 
     def run(self) -> int:
+        if (self.run_folder / "localization.json").is_file():
+            found = open_localization(self.run_folder)
+            return _show(found, write_localization_report(found, self.run_folder / "report.html"))
+        if (self.run_folder / "shift.json").is_file():
+            shift = open_shift(self.run_folder)
+            return _show(shift, write_shift_report(shift, self.run_folder / "report.html"))
         verdict = open_verdict(self.run_folder)
         folder = self.run_folder if self.run_folder.is_dir() else self.run_folder.parent
         return _say(verdict, write_report(verdict, folder / "report.html"))
+
+
+def _show(found: Localization | Shift, report: Path) -> int:
+    print(found.table())
+    outcome = found.carrier if isinstance(found, Localization) else found.conclusion
+    print(f"{outcome}: {found.sentence}")
+    print(report)
+    return 0
 
 
 def _say(verdict: Verdict, report: Path) -> int:

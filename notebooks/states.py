@@ -29,7 +29,7 @@ from IPython.display import HTML
 from analysis import figures
 from probes.attribution import attribute_readout, statistics
 from probes.behaviors import read_behavior
-from probes.capture import RECURRENCE, capture, recurrence
+from probes.capture import RECURRENCE, capture, recurrences
 from probes.directions import contrast, low_rank, mean_difference
 from probes.linear import ProbeConfig, cells, probe_all
 from probes.localize import LocalizeConfig, localize
@@ -112,7 +112,7 @@ for dose in (-1.0, 1.0):
 # %%
 spoken = judged.items[0].prompt(model, persona="wanted")
 record = capture(model, [spoken], sites=RECURRENCE, positions="all", progress=False)
-x = recurrence(record, layer=best, prompt=0)
+x = recurrences(record, layer=best)[0]
 tokens = [model.tokenizer.decode([i]) for i in spoken.ids]
 last = torch.tensor([[len(tokens) - 1]])
 read = Directions.of(direction.tensor, rank=min(direction.shape[1:]))

@@ -52,11 +52,11 @@ from probes.store import (
     write_tensors,
 )
 
-__all__ = ["GENERATED", "POSITIONS", "RECURRENCE", "Capture", "capture", "prompts_hash", "recurrence"]
+__all__ = ["GENERATED", "POSITIONS", "RECURRENCE", "Capture", "capture", "prompts_hash", "recurrences"]
 
 POSITIONS = ("last", "all", *(f"{what}:{span}" for what in ("mean", "last", "tokens") for span in SPANS))
 GENERATED = ("generated", "mean:generated")
-RECURRENCE = ("gdn.q", "gdn.k", "gdn.v", "gdn.beta", "gdn.decay")
+RECURRENCE: tuple[str, ...] = ("gdn.q", "gdn.k", "gdn.v", "gdn.beta", "gdn.decay")
 MOST_STATES = 64  # of one prompt and layer: 128 MiB at Qwen3.5's default sizes
 
 Layers = Sequence[int] | Mapping[str, Sequence[int]] | None
@@ -170,22 +170,25 @@ def capture(
     return open_capture(folder) if folder else Capture(recipe=recipe, parts=tuple(parts))
 
 
-def recurrence(record: Capture, *, layer: int, prompt: int) -> Recurrence:
-    """What the recurrence of a GDN layer was given for one prompt, for `probes.recurrence` and `probes.attribution`.
+def recurrences(record: Capture, *, layer: int) -> list[Recurrence]:
+    """What the recurrence of a GDN layer was given, for `probes.recurrence` and `probes.attribution`: one per prompt.
+
+    `probes.recurrence.left_padded` makes one of them all.
 
     Args:
         record: a capture of the sites `RECURRENCE` with positions "all".
 
     Raises:
-        WrongInput: the capture lacks one of the sites, the layer or the prompt, or not all tokens were kept.
+        WrongInput: the capture lacks one of the sites or the layer, or not all tokens were kept.
     """
-    if not 0 <= prompt < len(record):
-        raise WrongInput(f"this capture has no prompt {prompt}; it has prompts 0 to {len(record) - 1}")
     for name in RECURRENCE:
         if (kept := positions_at(name, record.recipe["positions"])) != "all":
             raise WrongInput(f"a recurrence needs all tokens of '{name}'; this capture has positions {kept}")
-    q, k, v, beta, decay = (record[name, layer][prompt][None] for name in RECURRENCE)
-    return Recurrence.of_kernel(q, k, v, beta=beta, decay=decay)
+    given = zip(*(record[name, layer] for name in RECURRENCE), strict=True)
+    return [
+        Recurrence.of_kernel(q[None], k[None], v[None], beta=beta[None], decay=decay[None])
+        for q, k, v, beta, decay in given
+    ]
 
 
 def prompts_hash(prompts: Sequence[Prompt]) -> str:

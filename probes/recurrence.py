@@ -173,6 +173,21 @@ class Recurrence:
         )
 
 
+def left_padded(xs: Sequence[Recurrence]) -> tuple[Recurrence, Float[Tensor, "prompt token"]]:
+    """Several recurrences without initial states as one, and its mask: 1 for real tokens, 0 for the padding in front.
+
+    Padding neither writes nor fades (see `of_kernel`), so every prompt has the states that it has alone.
+    """
+    width = max(x.tokens for x in xs)
+
+    def stack(name: str) -> Tensor:
+        rows = [getattr(x, name) for x in xs]
+        return torch.cat([torch.cat([r.new_zeros(len(r), width - r.shape[1], *r.shape[2:]), r], 1) for r in rows])
+
+    mask = torch.cat([(torch.arange(width) >= width - x.tokens).float().expand(len(x.v), -1) for x in xs])
+    return Recurrence(**{name: stack(name) for name in ("q", "k", "v", "beta", "decay")}), mask
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Directions:
     """One direction of the state per head, as a sum of r outer products: sum_r left_r right_r^T.

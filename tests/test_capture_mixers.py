@@ -19,11 +19,11 @@ from conftest import assert_same
 from torch import Tensor
 from transformers import MistralConfig, MistralForCausalLM
 
-from probes.capture import RECURRENCE, capture, recurrence
+from probes.capture import RECURRENCE, capture, recurrences
 from probes.errors import WrongInput
 from probes.model import HybridModel
 from probes.prompts import Prompt
-from probes.recurrence import scan
+from probes.recurrence import left_padded, scan
 from probes.sites import SITES
 from probes.taps import GDNCall, Run, tapped
 
@@ -406,14 +406,18 @@ def test_an_intervention_that_hides_the_kernel_is_refused(tiny, prompts):
     take(tiny, prompts, "gdn.k")  # nothing is left behind
 
 
-def test_a_captured_recurrence_gives_the_layers_readouts_again(tiny, prompts):
+def test_captured_recurrences_give_the_layers_readouts_again(tiny, prompts):
     record = capture(tiny, prompts, sites=(*RECURRENCE, "gdn.readout", "gdn.state"), positions="all", progress=False)
-    for i in (0, 3):
-        found = scan(recurrence(record, layer=4, prompt=i))
-        torch.testing.assert_close(found.outputs[0], record["gdn.readout", 4][i], rtol=0, atol=1e-5)
-        torch.testing.assert_close(found.final[0], record["gdn.state", 4][i], rtol=0, atol=1e-5)
-    with pytest.raises(WrongInput, match="this capture has no prompt 7; it has prompts 0 to 6"):
-        recurrence(record, layer=4, prompt=7)
+    found = recurrences(record, layer=4)
+    assert len(found) == len(prompts)
+    together, mask = left_padded(found)
+    whole = scan(together)
+    for i, x in enumerate(found):
+        alone = scan(x)
+        torch.testing.assert_close(alone.outputs[0], record["gdn.readout", 4][i], rtol=0, atol=1e-5)
+        torch.testing.assert_close(alone.final[0], record["gdn.state", 4][i], rtol=0, atol=1e-5)
+        torch.testing.assert_close(whole.outputs[i][mask[i] > 0], alone.outputs[0], rtol=0, atol=1e-6)
+        torch.testing.assert_close(whole.final[i], alone.final[0], rtol=0, atol=1e-6)
     last = capture(tiny, prompts, sites=RECURRENCE, progress=False)
     with pytest.raises(WrongInput, match=r"needs all tokens of 'gdn\.q'; this capture has positions last"):
-        recurrence(last, layer=4, prompt=0)
+        recurrences(last, layer=4)

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -136,7 +137,7 @@ PERSONA = Estimate(value=10.0, lower=9.0, upper=11.0, n=48, groups=6)
     ],
 )
 def test_the_conclusion_names_what_the_rows_allow(state, attention, lead, carrier, words):
-    whole = {"state": row("state", *state), "attention": row("attention", *attention)}
+    whole: Any = {"state": row("state", *state), "attention": row("attention", *attention)}
     between = Estimate(value=sum(lead) / 2, lower=lead[0], upper=lead[1], n=48, groups=6)
     named, sentence = conclude(whole, PERSONA, between)
     assert named == carrier
@@ -145,7 +146,7 @@ def test_the_conclusion_names_what_the_rows_allow(state, attention, lead, carrie
 
 def test_where_the_personas_move_nothing_there_is_nothing_to_localise():
     nothing = replace(PERSONA, value=0.1, lower=-0.2)
-    whole = {"state": row("state", 9, 11)}
+    whole: Any = {"state": row("state", 9, 11)}
     assert conclude(whole, nothing, None)[0] == "not shown"
 
 
@@ -157,14 +158,15 @@ def test_small_or_noisy_effects_are_not_shown():
 
 
 def test_wrong_configurations_are_refused(organism):
-    for fields, message in (
+    wrong: list[tuple[dict[str, Any], str]] = [
         ({"prompts": 4}, "prompts must be at least 8, saw 4"),
         ({"controls": 0}, "controls must be at least 1, saw 0"),
         ({"held_out": 1.0}, "held_out must lie between 0 and 1"),
         ({"percentile": 101.0}, "percentile must lie between 50 and 100, saw 101"),
         ({"least_share": -0.1}, "least_share must lie between 0 and 1"),
         ({"layers": ()}, "layers must name at least one layer"),
-    ):
+    ]
+    for fields, message in wrong:
         with pytest.raises(WrongInput, match=message):
             LocalizeConfig(**fields)
     with pytest.raises(WrongInput, match="layer 12 is out of range: organism has layers 0 to 7"):

@@ -12,9 +12,8 @@ from analysis.alignment import check_pair, corrected, redrawn
 from analysis.attention import control_spans, span_shares
 from analysis.compare import CompareConfig, compare
 from analysis.shift import FRAMES, open_shift
-from analysis.states import KERNEL
 from probes.behaviors import read_behavior
-from probes.capture import capture
+from probes.capture import RECURRENCE, capture
 from probes.errors import WrongInput
 from probes.model import HybridModel
 from probes.prompts import Prompt
@@ -152,7 +151,7 @@ def test_shares_are_those_of_the_spans_and_short_contexts_are_left_out(tiny, pro
         for p in prompts
         for k in [len(p) // 2]
     ]
-    record = capture(tiny, prompts, sites=(*KERNEL, "attn.pattern"), positions=dict.fromkeys(KERNEL, "all"),
+    record = capture(tiny, prompts, sites=(*RECURRENCE, "attn.pattern"), positions=dict.fromkeys(RECURRENCE, "all"),
                      progress=False)  # fmt: skip
     table = span_shares(record, control_spans(whole, count=2))
     even = [i for i, p in enumerate(prompts) if len(p) % 2 == 0]

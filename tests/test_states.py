@@ -8,24 +8,22 @@ import torch
 from scipy.linalg import subspace_angles
 
 from analysis.states import (
-    KERNEL,
     Topics,
     compare_captures,
     effective_rank,
     linear_cka,
     principal_angles,
-    recurrence_of,
     relative_change,
     state_cosine,
 )
 from probes import stats
 from probes.attribution import statistics
-from probes.capture import capture
+from probes.capture import RECURRENCE, capture, recurrences
 from probes.errors import WrongInput
 from probes.model import HybridModel
 
-SITES = ("gdn.state", *KERNEL)
-POSITIONS = dict.fromkeys(KERNEL, "all")
+SITES = ("gdn.state", *RECURRENCE)
+POSITIONS = dict.fromkeys(RECURRENCE, "all")
 
 
 def orthogonal(size: int, seed: int) -> torch.Tensor:
@@ -132,7 +130,7 @@ def test_what_moved_is_what_the_states_and_the_recurrence_say(tiny, prompts, rec
     relative = np.linalg.norm(after["gdn.state", 4][:, 2].numpy() - one, axis=(1, 2)) / np.linalg.norm(one, axis=(1, 2))
     assert row.relative.value == pytest.approx(relative.mean(), rel=1e-5)
     alone = [  # prompt by prompt, without padding
-        statistics(recurrence_of(capture(tiny, [p], sites=SITES, positions=POSITIONS, progress=False), 4)[0],
+        statistics(recurrences(capture(tiny, [p], sites=SITES, positions=POSITIONS, progress=False), layer=4)[0],
                    at=torch.tensor([[len(p) - 1]])) for p in prompts
     ]  # fmt: skip
     assert row.retention
