@@ -1,17 +1,19 @@
 """Caches taken apart and put together, against whole prompts and transformers' cache edited by hand."""
 
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
 
 from probes.behaviors import read_behavior
 from probes.errors import WrongInput
-from probes.prefixes import CHANNELS, continued, disturbed, exchanged, prefixes
+from probes.prefixes import CHANNELS, Channel, continued, disturbed, exchanged, prefixes
 from probes.propensity import prepare, propensity
 
 GDN, ATTENTION = (0, 1, 2, 4, 5, 6), (3, 7)
-LAYERS = {"state": GDN, "convolution": GDN, "attention": ATTENTION}
+LAYERS: dict[Any, tuple[int, ...]] = {"state": GDN, "convolution": GDN, "attention": ATTENTION}
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +47,8 @@ def test_exchanging_every_channel_gives_the_other_prompt(tiny, both):
     """Nothing else crosses tokens. The lengths differ, so this also holds the masks and positions to account."""
     _, _, begun, other = both
     for channel in CHANNELS:
-        begun = begun.each(lambda a, b, c=channel: exchanged(tiny, a, b, channel=c, layers=LAYERS[c]), other)
+        swap = partial(exchanged, tiny, channel=channel, layers=LAYERS[channel])
+        begun = begun.each(swap, other)
     assert close(continued(tiny, begun), continued(tiny, other), 1e-5)
 
 
@@ -88,12 +91,13 @@ def test_controls_are_as_far_away_as_the_exchange_and_elsewhere(tiny, both):
     assert torch.allclose(torch.linalg.svdvals(drawn), values, atol=1e-4 * float(values.max()))
     cosine = (true * drawn).sum((2, 3)) / (true.norm(dim=(2, 3)) * drawn.norm(dim=(2, 3)))
     assert cosine.abs().max() < 0.5
-    for name, channel, layer in (
+    cases: list[tuple[str, Channel, int]] = [
         ("conv_states", "convolution", 4),
         ("keys", "attention", 3),
         ("values", "attention", 3),
-    ):
-        two = begun.each(lambda a, b, c=channel, i=layer: disturbed(tiny, a, b, channel=c, layers=[i], seed=1), other)
+    ]
+    for name, channel, layer in cases:
+        two = begun.each(partial(disturbed, tiny, channel=channel, layers=[layer], seed=1), other)
         part = 0
         found = [getattr(p.parts[part].cache.layers[layer], name) for p in (begun, two, other)]
         own, new, foreign = (v[0] if isinstance(v, dict) else v for v in found)

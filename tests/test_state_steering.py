@@ -1,12 +1,12 @@
 """Edits of states and heads against transformers' own cache, edited by hand, and a float64 scan."""
 
+import math
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from test_capture import relative_error
 from transformers import DynamicCache
 
 from probes.controls import random_direction
@@ -22,8 +22,12 @@ LAYERS = {"gdn.state": 2, "attn.heads": 3, "resid": 2}
 ANSWER = (7, 30, 12, 9)
 
 
+def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((got.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
 def direction_at(site: str, **fields: Any) -> Direction:
-    vector = torch.randn(torch.tensor(SHAPES[site]).prod().item(), generator=torch.Generator().manual_seed(5))
+    vector = torch.randn(math.prod(SHAPES[site]), generator=torch.Generator().manual_seed(5))
     made = Direction(
         layer=LAYERS[site], vector=vector / vector.norm(), norm=3.0, midpoint=0.7, site=site, shape=SHAPES[site]
     )
@@ -271,11 +275,12 @@ def test_attention_heads_are_edited_before_the_output_projection(tiny, prompts):
 
 def test_wrong_steering_of_states_is_refused(tiny, llama):
     direction = direction_at("gdn.state")
-    for arguments, message in (
+    refused: list[tuple[dict[str, Any], str]] = [
         ({"form": "always"}, "unknown form 'always'; allowed are end, initial, write"),
         ({"last": 0}, "last must be at least 1 token, saw 0"),
         ({"form": "initial", "phase": "decode"}, "form 'initial' needs phase prefill or both"),
-    ):
+    ]
+    for arguments, message in refused:
         with pytest.raises(WrongInput, match=message), steer(tiny, direction, **arguments):
             pass
     for wrong, message in (
