@@ -154,6 +154,11 @@ class _Work:
         resolve(before, "resid", config.layers)
         self.layers = {name: layers for name in SITE_NAMES if (layers := self.layers_of(name))}
         self.judged_site = next(iter(self.layers))
+        if before.of_kind("gdn") and "gdn.state" not in self.layers:
+            chosen = ", ".join(map(str, config.layers or ()))
+            raise WrongInput(
+                f"the conclusion is about GDN states, and layers {chosen} hold none; choose a GDN layer too"
+            )
         self.same = before.weights_hash == after.weights_hash
         self.bar = tqdm(total=6 + (0 if self.same else config.updates), desc="compare", disable=not progress)
 
@@ -183,7 +188,7 @@ class _Work:
         one, other = (span_shares(record, found) for record in records)
         shares = share_rows(self.topics, found, one, other, redrawn_shares)
         probes = self.decodability()
-        change, equal = self.size(records)
+        change, equal = (moved.overall, moved.equal) if moved.overall else self.size(records)
         conclusion, sense, sentence = conclude(
             site=self.judged_site, change=change, equal=equal, answers=answers, persona=persona, rows=judged,
             least_change=config.least_change, least_way=config.least_way, least_groups=config.least_groups,
@@ -246,7 +251,7 @@ class _Work:
         return min(self.config.subspace, *record["gdn.state", layer].shape[-2:])
 
     def size(self, records: Sequence[Capture]) -> tuple[Estimate, bool]:
-        """Mean relative change of the site that is judged, and whether it is exactly none."""
+        """Mean relative change of the site that is judged in a model without states, and whether it is exactly none."""
         parts, name = [], self.judged_site
         for layer in self.layers[name]:
             one, other = (record[name, layer].flatten(1).double() for record in records)
@@ -323,8 +328,9 @@ class _Work:
         found = [_claim("behaviour", answers.change, "nats", least, "negligible within")]
         layer = widest[self.judged_site].layer
         probe = next(row for row in probes if (row.layer, row.head) == (layer, None))
-        against = f"AUROC {probe.auroc.before.value:.2f} before; chance within"
-        found.append(_claim(f"decodability at layer {layer}", probe.auroc.change, "AUROC", 0.0, against))
+        against = f"{probe.auroc.before.value:.2f} before; reported, it has no null of its own"
+        claim = _claim(f"decodability at layer {layer}", probe.auroc.change, "AUROC", math.nan, against)
+        found.append(replace(claim, shown=False))
         for row in shares:
             if row.layer is None:
                 name = f"the direction's {row.kind} share"

@@ -26,10 +26,13 @@ CARRIERS = {
         "Attention",
         "What the personas change in the answers travels in the keys and values of the attention layers.",
     ),
-    "both": (
-        "GDN state and attention",
-        "What the personas change in the answers travels in the states of the GDN layers and in the keys and values of "
-        "the attention layers.",
+    "convolution": (
+        "GDN convolution",
+        "What the personas change in the answers travels in the windows of the convolutions, over a few tokens.",
+    ),
+    "several": (
+        "No single carrier",
+        "What the personas change in the answers travels in more than one channel, or in several together.",
     ),
     "not shown": ("Not shown", "No carrier is named. This does not say that there is none."),
 }
@@ -41,6 +44,7 @@ CONFIG = {
     "head_layers": "how many layers of each carrier, the strongest, are told apart into heads",
     "held_out": "share of topic groups held out; directions come from the others",
     "percentile": "percentile of the controls' sizes that an effect has to exceed",
+    "least_groups": "fewer held-out topic groups name no carrier",
     "least_share": "effects below this share of the personas' own are negligible",
     "seed": "decides the split of the topics and every draw",
 }

@@ -67,7 +67,8 @@ class Claim:
     Attributes:
         name: behaviour, decodability, state share, readout share, attention share, or along the direction at a site.
         value: the number, a change from before to after. unit: what it counts.
-        bar: sizes up to this one mean nothing. shown: whether it is clear of zero and of the bar.
+        bar: sizes up to this one mean nothing; NaN for a number without a null, which is reported and never shown.
+        shown: whether it is clear of zero and of the bar.
         against: what the bar is.
     """
 
@@ -80,6 +81,8 @@ class Claim:
 
     def __str__(self) -> str:
         mark = "shown" if self.shown else "not shown"
+        if not math.isfinite(self.bar):
+            return f"{self.name:<32} {signed(self.value)} {self.unit}; {self.against}"
         return f"{self.name:<32} {signed(self.value)} {self.unit}; {self.against} ±{self.bar:.3g}: {mark}"
 
 
@@ -176,6 +179,9 @@ def open_shift(path: str | Path) -> Shift:
         raise WrongInput(f"{file.name} is not a shift: {error}") from error
 
 
+_NUMBERS = {"cosine", "size", "gap", "reliability", "bar"}
+
+
 def _rows(kind: Any, found: Sequence[dict[str, Any]]) -> Any:
     return tuple(kind(**_read(row, row)) for row in found)
 
@@ -192,6 +198,8 @@ def _read(found: Mapping[str, Any], names: Any) -> dict[str, Any]:
             value = Estimate(**{**value, **gone})
         elif isinstance(value, list):
             value = tuple(value)
+        elif value is None and name in _NUMBERS:
+            value = math.nan  # JSON has no NaN
         result[name] = value
     return result
 

@@ -53,7 +53,7 @@ print(model, behavior, sep="\n")
 # more prompts and controls, and writes a page.
 
 # %%
-where = localize(model, behavior, LocalizeConfig(prompts=16, controls=4, layer_controls=2), progress=False)
+where = localize(model, behavior, LocalizeConfig(prompts=16, controls=19, layer_controls=2), progress=False)
 print(where.table())
 print(where.sentence)
 

@@ -153,6 +153,7 @@ def capture(
         "new_tokens": new_tokens,
         "batch_tokens": batch_tokens,
         "chunk_tokens": chunk_tokens,
+        "interventions": list(model.interventions),
         "versions": library_versions(),
     }
     folder = None if out is None else _prepare(Path(out), recipe)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from probes.directions import Direction, Pairs
+from probes.directions import Direction, Pairs, Raw, mean_of
 from probes.errors import WrongInput
 
 
@@ -36,19 +36,20 @@ def shuffle_labels(pairs: Pairs, *, seed: int) -> Pairs:
     )
 
 
-def shuffled_direction(pairs: Pairs, target: Direction, *, seed: int) -> Direction:
-    """A control with the target's norm: the mean difference of shuffled labels, at right angles to the target.
+def shuffled_direction(pairs: Pairs, target: Direction, *, seed: int, raw: Raw = mean_of) -> Direction:
+    """A control with the target's norm: what shuffled labels give, at right angles to the target.
 
     Where the pairs differ along one direction and little else, any weighted mean of their differences is plus or minus
     that direction, however the labels are shuffled; at full length it would be the target itself and control nothing.
-    What is left after the target is taken out is another direction that the same data can produce.
+    What is left after the target is taken out is another direction that the same data can produce. `raw` is the
+    target's own extraction (`probes.directions.raw_of`), so that the two differ in their labels alone.
     """
-    raw = shuffle_labels(pairs, seed=seed).differences.mean(0)
-    raw = raw - (raw @ target.vector) * target.vector
-    length = float(raw.norm())
-    if length <= 1e-5 * float(pairs.differences.norm(dim=1).mean()):  # what is left is rounding
+    found = raw(shuffle_labels(pairs, seed=seed))
+    left = found - (found @ target.vector) * target.vector
+    length = float(left.norm())
+    if length <= 1e-5 * float(found.norm()):  # what is left is rounding
         raise WrongInput(f"the pairs of '{pairs.behavior}' differ along one direction only: no control can be shuffled")
-    vector = raw / length
+    vector = left / length
     return replace(
         target, vector=vector, midpoint=float(pairs.middle @ vector), gap=0.0, method="shuffled labels",
         reliability=None,

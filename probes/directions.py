@@ -24,6 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -39,7 +40,7 @@ from probes.capture import capture
 from probes.errors import WrongInput
 from probes.model import HybridModel
 from probes.prompts import Prompt, answer_ids
-from probes.sites import SITES, resolve
+from probes.sites import SITES, keeps_tokens, resolve
 from probes.stats import Estimate, repeated, spearman_brown, split_groups
 from probes.store import read_metadata, read_tensors, write_tensors
 
@@ -177,6 +178,8 @@ def contrast(
     if "source" in SITES[site].axes:
         raise WrongInput(f"'{site}' has one entry for each earlier token, so prompts cannot be contrasted there")
     kind: Contrast = "persona" if behavior.has_persona else "answer"
+    if positions != "auto" and keeps_tokens(site, positions):
+        raise WrongInput(f"positions '{positions}' keep several tokens of a prompt; a contrast needs one, or a mean")
     if positions == "auto":
         positions = "last" if kind == "persona" or site == "gdn.state" else "mean:decision"
     sides: tuple[Side, ...] = get_args(Side)
@@ -212,13 +215,13 @@ def extract(pairs: Pairs, *, method: Method = "mean", rank: int = 1, seed: int =
     Raises:
         WrongInput: the two sides are the same, the method is unknown, or it does not fit the site.
     """
-    if method == "mean":
-        return mean_difference(pairs, seed=seed)
-    if method == "low-rank":
-        return low_rank(pairs, rank=rank, seed=seed)
-    if method == "whitened":
-        return whitened(pairs, seed=seed)
-    raise WrongInput(f"unknown method '{method}'; allowed are {', '.join(get_args(Method))}")
+    names = {
+        "mean": "mean difference",
+        "low-rank": f"rank-{rank} mean difference",
+        "whitened": "whitened mean difference",
+    }
+    raw = raw_of(method, rank=rank)
+    return _direction(pairs, raw, method=names[method], seed=seed)
 
 
 def mean_difference(pairs: Pairs, *, seed: int = 0) -> Direction:
@@ -227,7 +230,7 @@ def mean_difference(pairs: Pairs, *, seed: int = 0) -> Direction:
     Raises:
         WrongInput: the two sides are the same, so that there is no direction.
     """
-    return _direction(pairs, _mean, method="mean difference", seed=seed)
+    return _direction(pairs, mean_of, method="mean difference", seed=seed)
 
 
 def low_rank(pairs: Pairs, *, rank: int = 1, seed: int = 0) -> Direction:
@@ -236,19 +239,7 @@ def low_rank(pairs: Pairs, *, rank: int = 1, seed: int = 0) -> Direction:
     Raises:
         WrongInput: the site is not `gdn.state`, or the rank is not between 1 and the smaller side of a state.
     """
-    if pairs.site != "gdn.state":
-        raise WrongInput(f"a low-rank direction is one of states (gdn.state), saw '{pairs.site}'")
-    most = min(pairs.shape[1:])
-    if not 1 <= rank <= most:
-        raise WrongInput(
-            f"rank must lie between 1 and {most} for states of {pairs.shape[1]}x{pairs.shape[2]}, saw {rank}"
-        )
-
-    def cut(some: Pairs) -> Tensor:
-        u, s, vh = torch.linalg.svd(_mean(some).reshape(some.shape), full_matrices=False)
-        return (u[..., :rank] * s[..., None, :rank] @ vh[..., :rank, :]).flatten()
-
-    return _direction(pairs, cut, method=f"rank-{rank} mean difference", seed=seed)
+    return _direction(pairs, partial(_cut, rank=rank), method=f"rank-{rank} mean difference", seed=seed)
 
 
 def whitened(pairs: Pairs, *, seed: int = 0) -> Direction:
@@ -260,13 +251,38 @@ def whitened(pairs: Pairs, *, seed: int = 0) -> Direction:
     return _direction(pairs, _discriminant, method="whitened mean difference", seed=seed)
 
 
-def _mean(pairs: Pairs) -> Tensor:
+def mean_of(pairs: Pairs) -> Float[Tensor, " feature"]:
+    """Wanted minus unwanted, on average."""
     return pairs.differences.mean(0)
+
+
+def raw_of(method: Method, *, rank: int = 1) -> Raw:
+    """What a method does with pairs before the result is normalised.
+
+    Raises:
+        WrongInput: the method is unknown.
+    """
+    found: dict[str, Raw] = {"mean": mean_of, "low-rank": partial(_cut, rank=rank), "whitened": _discriminant}
+    if method not in found:
+        raise WrongInput(f"unknown method '{method}'; allowed are {', '.join(found)}")
+    return found[method]
+
+
+def _cut(pairs: Pairs, *, rank: int) -> Tensor:
+    """Each head's mean difference, cut to its largest singular values."""
+    if pairs.site != "gdn.state":
+        raise WrongInput(f"a low-rank direction is one of states (gdn.state), saw '{pairs.site}'")
+    most = min(pairs.shape[1:])
+    if not 1 <= rank <= most:
+        size = f"{pairs.shape[1]}x{pairs.shape[2]}"
+        raise WrongInput(f"rank must lie between 1 and {most} for states of {size}, saw {rank}")
+    u, s, vh = torch.linalg.svd(mean_of(pairs).reshape(pairs.shape), full_matrices=False)
+    return (u[..., :rank] * s[..., None, :rank] @ vh[..., :rank, :]).flatten()
 
 
 def _discriminant(pairs: Pairs) -> Tensor:
     within = torch.cat([pairs.wanted - pairs.wanted.mean(0), pairs.unwanted - pairs.unwanted.mean(0)])
-    raw = _mean(pairs)
+    raw = mean_of(pairs)
     if pairs.site != "gdn.state":
         return _divided(raw[:, None], within)[:, 0]
     result = torch.zeros(pairs.shape)
@@ -286,9 +302,11 @@ def _divided(raw: Tensor, samples: Tensor) -> Tensor:
 
 
 def _direction(pairs: Pairs, raw_of: Raw, *, method: str, seed: int) -> Direction:
+    if len(set(pairs.groups)) < 2:
+        raise WrongInput(f"a direction needs pairs in at least 2 topic groups, saw {len(set(pairs.groups))}")
     if pairs.equal:
         raise WrongInput(f"both sides of '{pairs.behavior}' are equal at layer {pairs.layer}: there is no direction")
-    difference, raw = _mean(pairs), raw_of(pairs)
+    difference, raw = mean_of(pairs), raw_of(pairs)
     vector = raw / raw.norm()
     norms = torch.cat([pairs.wanted, pairs.unwanted]).norm(dim=1)
     return Direction(
@@ -299,7 +317,7 @@ def _direction(pairs: Pairs, raw_of: Raw, *, method: str, seed: int) -> Directio
     )  # fmt: skip
 
 
-def split_half(pairs: Pairs, raw_of: Raw = _mean, *, times: int = SPLITS, seed: int = 0) -> Estimate:
+def split_half(pairs: Pairs, raw_of: Raw = mean_of, *, times: int = SPLITS, seed: int = 0) -> Estimate:
     """Cosine of the directions from two random halves of the groups, stepped up by Spearman-Brown.
 
     The interval covers the choice of halves, over `times` splits.

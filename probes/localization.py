@@ -18,7 +18,7 @@ from probes.store import read_json, write_json
 
 SITES: dict[str, str] = {"resid": "residual stream", "gdn.state": "GDN state", "attn.heads": "attention heads"}
 CHANNEL_NAMES: dict[str, str] = {"state": "GDN state", "convolution": "GDN convolution", "attention": "keys and values"}
-Carrier = Literal["state", "attention", "both", "not shown"]
+Carrier = Literal["state", "convolution", "attention", "several", "not shown"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,42 +155,60 @@ def _percent(share: float) -> str:
     return f"{round(100 * share) + 0} %"
 
 
-def conclude(whole: Mapping[Channel, Row], persona: Estimate | None, lead: Estimate | None) -> tuple[Carrier, str]:
+def conclude(
+    whole: Mapping[Channel, Row],
+    persona: Estimate | None,
+    leads: Mapping[Channel, Estimate],
+    *,
+    least_groups: int = 5,
+    least_controls: int = 19,
+) -> tuple[Carrier, str]:
     """The carrier, and why, in words that a newcomer understands.
+
+    A channel is named when its exchange moves at least half of what the personas do, more than its controls, and more
+    than the exchange of every other channel, prompt by prompt. Where the largest exchange does not stand out like this,
+    no single carrier is named.
 
     Args:
         whole: the rows in which a channel was exchanged in all layers; empty without personas.
         persona: what the personas themselves do.
-        lead: by how much the states' exchange moves more than the attention's, prompt by prompt; None where the model
-            has only one of the two.
+        leads: by how much the largest exchange moves more than each other channel's.
+        least_groups: topic groups, and least_controls: controls of each row, below which nothing is named.
     """
     if persona is None:
         return "not shown", (
             "the behaviour has no personas, so nothing can be exchanged and no carrier is named; "
             "the rows say what a direction does at each site"
         )
+    if persona.groups < least_groups:
+        return (
+            "not shown",
+            f"{persona.groups} held-out topic groups are too few to decide on, {least_groups} are needed",
+        )
+    if (fewest := min(len(row.controls) for row in whole.values())) < least_controls:
+        return "not shown", f"{fewest} controls are too few to decide on, {least_controls} are needed"
     if persona.lower <= 0:
         seen = f"{persona.value:.2f} nats [{persona.lower:.2f}, {persona.upper:.2f}]"
         return "not shown", f"the personas move the answers by {seen}, not clear of zero: there is nothing to localise"
-    shown: list[Literal["state", "attention"]] = []
-    for channel in ("state", "attention"):
-        if channel in whole and whole[channel].shown:
-            shown.append(channel)
     told = f"of the {persona.value:.2f} nats that the personas move the answers by, " + "; ".join(
         f"exchanging {NAMES[channel]} moves {_percent(row.share)} (controls ±{_percent(row.bar / persona.value)})"
         for channel, row in whole.items()
     )
-    if not shown:
-        return "not shown", f"neither states nor attention move the answers more than their controls: {told}"
-    if len(shown) == 1:
-        return shown[0], f"{VERBS[shown[0]]} it: {told}"
-    if lead is None or lead.lower <= 0 <= lead.upper:
-        return "both", f"the GDN states and the attention both carry it, neither more than the other: {told}"
-    first = "state" if lead.value > 0 else "attention"
-    return first, f"{VERBS[first]} most of it, and the other carries a part: {told}"
+    first = max(whole.items(), key=lambda item: item[1].effect.value)[0]
+    if not whole[first].shown:
+        return "not shown", f"no exchange moves the answers more than its controls, or more than nothing: {told}"
+    if rivals := [NAMES[channel] for channel, lead in leads.items() if lead.lower <= 0]:
+        names = " and ".join([NAMES[first], *rivals])
+        return "several", f"no single carrier is named, {names} are not told apart: {told}"
+    if whole[first].share < 0.5:
+        return "several", f"no single carrier is named, none moves half of it alone: {told}"
+    return first, f"{VERBS[first]} it: {told}"
 
 
 NAMES: dict[Channel, str] = {
     "state": "all GDN states", "convolution": "all windows of convolutions", "attention": "all keys and values",
 }  # fmt: skip
-VERBS: dict[Channel, str] = {"state": "the GDN states carry", "attention": "the attention carries"}
+VERBS: dict[Channel, str] = {
+    "state": "the GDN states carry", "convolution": "the windows of the convolutions carry",
+    "attention": "the attention carries",
+}  # fmt: skip

@@ -52,13 +52,15 @@ class LocalizeConfig:
     prompts: int = 48
     """At most this many held-out prompts."""
     controls: int = 20
-    """Controls for each row that is one carrier as a whole."""
+    """Controls for each row that is one carrier as a whole; fewer than 19 name no carrier."""
     layer_controls: int = 8
     """Controls for each row that is one layer or head."""
     head_layers: int = 1
     """How many layers of each carrier, the strongest ones, are told apart into heads."""
     held_out: float = 0.4
     """Share of topic groups that are held out; directions come from the others."""
+    least_groups: int = 5
+    """Fewer held-out topic groups than these name no carrier."""
     percentile: float = 95.0
     """The percentile of |control| that an effect has to exceed."""
     least_share: float = 0.02
@@ -67,7 +69,7 @@ class LocalizeConfig:
     """Decides the split of the topics and every draw."""
 
     def __post_init__(self) -> None:
-        least = {"prompts": 8, "controls": 1, "layer_controls": 1, "head_layers": 0, "seed": 0}
+        least = {"prompts": 8, "controls": 1, "layer_controls": 1, "head_layers": 0, "least_groups": 2, "seed": 0}
         for name, bound in least.items():
             if getattr(self, name) < bound:
                 raise WrongInput(f"{name} must be at least {bound}, saw {getattr(self, name)}")
@@ -94,7 +96,7 @@ def localize(
     work = _Work(model, behavior, config, progress)
     with work.bar:
         rows = work.run()
-    carrier, sentence = conclude(work.whole, work.persona, work.lead)
+    carrier, sentence = conclude(work.whole, work.persona, work.leads(), least_groups=config.least_groups)
     return Localization(
         behavior=behavior.name, model=model.name, carrier=carrier, sentence=sentence, persona=work.persona,
         rows=tuple(rows), recipe=recipe(model, behavior, config), seconds=round(time.monotonic() - started, 1),
@@ -123,12 +125,12 @@ class _Work:
         self.fit, held = behavior.split(held_out=config.held_out, seed=config.seed)
         self.judged = held.take(config.prompts, seed=config.seed)
         self.sites = {name: self.layers_of(name) for name in SITES}
-        self.channels: dict[Channel, tuple[int, ...]] = {
+        self.channels: dict[Channel, tuple[int, ...]] = {  # the layers told apart; as a whole a channel takes them all
             channel: self.layers_of("gdn.state" if kind == "gdn" else "attn.heads")
             for channel, kind in CHANNELS.items()
+            if model.of_kind(kind)
         }
         self.persona: Estimate | None = None
-        self.lead: Estimate | None = None
         self.whole: dict[Channel, Row] = {}
         self.moved: dict[Channel, list[float]] = {}
         self.bar = tqdm(total=self.steps(behavior), desc=f"localize {behavior.name}", disable=not progress, leave=False)
@@ -148,7 +150,7 @@ class _Work:
         config, layers = self.config, sum(map(len, self.sites.values()))
         steps = 1 + layers * (2 + 2 * config.layer_controls)
         if behavior.has_persona:
-            whole = sum(bool(found) for found in self.channels.values())
+            whole = len(self.channels)
             single = sum(len(found) for channel, found in self.channels.items() if channel != "convolution")
             steps += 2 + whole * (2 + config.controls) + single * (2 + config.layer_controls)
         return steps
@@ -172,14 +174,10 @@ class _Work:
         single: list[Row] = []
         heads: list[Row] = []
         for channel, layers in self.channels.items():
-            if not layers:
-                continue
-            all_layers = tuple(
-                layer.index for layer in self.model.of_kind("gdn" if channel != "attention" else "attention")
-            )
+            all_layers = tuple(layer.index for layer in self.model.of_kind(CHANNELS[channel]))
             self.bar.set_postfix_str(f"exchange: {channel}")
             self.whole[channel] = self.exchange(channel, all_layers, layer=None, controls=self.config.controls)
-            if channel == "convolution":  # a few tokens wide: told as a whole
+            if channel == "convolution" or not layers:  # a window is a few tokens wide: told as a whole
                 continue
             count = self.config.layer_controls
             found = {i: self.exchange(channel, (i,), layer=i, controls=count) for i in layers}
@@ -189,10 +187,18 @@ class _Work:
                 return self.exchange(channel, (layer,), layer=layer, head=head, controls=self.config.layer_controls)
 
             heads += self.heads_of(found, one, self.head_count(channel))
-        if {"state", "attention"} <= set(self.moved):
-            pairs = zip(self.moved["state"], self.moved["attention"], strict=True)
-            self.lead = self.estimate([a - b for a, b in pairs])
         return [*self.whole.values(), *single, *heads]
+
+    def leads(self) -> dict[Channel, Estimate]:
+        """By how much the largest exchange moves more than each other channel's, prompt by prompt."""
+        if not self.whole:
+            return {}
+        first = max(self.whole, key=lambda channel: self.whole[channel].effect.value)
+        return {
+            channel: self.estimate([a - b for a, b in zip(self.moved[first], values, strict=True)])
+            for channel, values in self.moved.items()
+            if channel != first
+        }
 
     def exchange(
         self, channel: Channel, layers: tuple[int, ...], *, layer: int | None, controls: int, head: int | None = None
@@ -205,13 +211,17 @@ class _Work:
         lost = self.plain_wanted.minus(self.score(self.wanted.each(swapped, self.unwanted)))
         gained = self.score(self.unwanted.each(swapped, self.wanted)).minus(self.plain_unwanted)
         noise = []
-        for i in range(controls):
+        for i in range(controls):  # by turns on either side, since one of them may be saturated
             seed = stats.derived_seed(self.config.seed, f"exchange {channel} {layer} {head}", i)
 
             def turned(part: Prefix, other: Prefix, seed: int = seed) -> Prefix:
                 return disturbed(self.model, part, other, channel=channel, layers=layers, seed=seed, head=head)
 
-            noise.append(float(np.mean(self.plain_wanted.minus(self.score(self.wanted.each(turned, self.unwanted))))))
+            if i % 2:
+                change = self.score(self.unwanted.each(turned, self.wanted)).minus(self.plain_unwanted)
+            else:
+                change = self.plain_wanted.minus(self.score(self.wanted.each(turned, self.unwanted)))
+            noise.append(float(np.mean(change)))
         moved = [(a + b) / 2 for a, b in zip(lost, gained, strict=True)]
         if layer is None:
             self.moved[channel] = moved
@@ -290,9 +300,9 @@ class _Work:
         self, kind: Any, carrier: str, layer: int | None, head: int | None, values: Sequence[float], noise: list[float]
     ) -> Row:
         effect = self.estimate(values)
-        whole = self.persona.value if self.persona else float("nan")
+        whole = self.persona.value if self.persona and self.persona.value else float("nan")
         return Row(
             kind=kind, carrier=carrier, layer=layer, head=head, effect=effect, share=effect.value / whole,
             controls=tuple(noise), bar=float(np.percentile(np.abs(noise), self.config.percentile)) if noise else 0.0,
-            least=self.config.least_share * abs(whole) if self.persona else 0.0,
+            least=self.config.least_share * abs(whole) if np.isfinite(whole) else 0.0,
         )  # fmt: skip

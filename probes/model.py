@@ -60,6 +60,7 @@ class HybridModel:
         decoder: the module that holds `embed_tokens`, `layers` and `norm`.
         layers: one `Layer` each, in order.
         name: what the user asked for ("organism", a path, a hub id).
+        interventions: what `probes.steering` is doing to it at the moment.
     """
 
     def __init__(self, hf: Any, tokenizer: Any, *, name: str = "model"):
@@ -67,6 +68,7 @@ class HybridModel:
         self.decoder = _decoder(hf)
         self.config = getattr(hf.config, "text_config", None) or hf.config
         self.layers = _layers(self.decoder, self.config)
+        self.interventions: list[dict[str, Any]] = []
         self._hashed: tuple[tuple[tuple[int, int], ...], str] | None = None
         tokenizer.padding_side = "left"
         if tokenizer.pad_token_id is None:

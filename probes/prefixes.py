@@ -39,7 +39,8 @@ class Prefix:
         tail: the prompts' last tokens, int64 [prompt n]; computed anew each time.
         mask: int64 [prompt token], over all of the prompt.
         cache: transformers' cache after the tokens before the tail. Never changed: edits are made on copies.
-        masks: other masks for single attention layers, whose keys and values come from another prompt.
+        masks: by attention layer whose keys and values come from another prompt, which of them each key/value head
+            may look at: int64 [prompt kv_head token].
     """
 
     rows: tuple[int, ...]
@@ -141,7 +142,7 @@ def _score(model: HybridModel, part: Prefix, answers: list[tuple[int, ...]]) -> 
     scored, seen = targets >= 0, part.mask.repeat_interleave(2, 0)
     new = torch.ones(len(ids), width, dtype=seen.dtype, device=device)
     places = torch.arange(seen.shape[1] - last, seen.shape[1] + width, device=device)
-    with tapped(model, {layer: _masked(mask.repeat_interleave(2, 0)) for layer, mask in part.masks.items()}):
+    with tapped(model, {layer: _masked(shown.repeat_interleave(2, 0)) for layer, shown in part.masks.items()}):
         logits = logits_at(
             model, scored, input_ids=ids, attention_mask=torch.cat([seen, new], 1), use_cache=True,
             position_ids=places.expand(len(ids), -1), past_key_values=fork(part.cache, 2),
@@ -150,14 +151,15 @@ def _score(model: HybridModel, part: Prefix, answers: list[tuple[int, ...]]) -> 
 
 
 def _masked(seen: Tensor) -> Callable[[AttentionCall, Run], Any]:
-    """A tap that shows an attention layer the keys of `seen` [prompt token] and, causally, the tokens after them."""
+    """A tap that shows each key/value head its `seen` [prompt kv_head token] and, causally, the tokens after them."""
 
     def tap(call: AttentionCall, run: Run) -> Any:
         queries, keys = call.q.shape[2], call.k.shape[2]
-        shown = torch.ones(len(seen), keys, dtype=torch.bool, device=seen.device)
-        shown[:, : seen.shape[1]] = seen.bool()
+        shown = torch.ones(*seen.shape[:2], keys, dtype=torch.bool, device=seen.device)
+        shown[..., : seen.shape[2]] = seen.bool()
+        shown = shown.repeat_interleave(call.q.shape[1] // seen.shape[1], 1)
         causal = torch.ones(queries, keys, dtype=torch.bool, device=seen.device).tril(keys - queries)
-        mask = shown[:, None, None] & causal
+        mask = shown[:, :, None] & causal
         if call.mask is not None and call.mask.dtype != torch.bool:  # an additive mask, as eager attention wants it
             mask = torch.zeros_like(mask, dtype=call.q.dtype).masked_fill(~mask, torch.finfo(call.q.dtype).min)
         return run(replace(call, mask=mask))
@@ -173,7 +175,15 @@ def exchanged(
     Args:
         head: a value head (state) or key/value head (attention) alone; None for all.
     """
-    return _changed(part, other, channel, layers, lambda own, foreign, _: _headed(own, foreign, head), masks=True)
+
+    def change(own: Tensor, foreign: Tensor) -> Tensor:
+        return _headed(own, foreign, head)
+
+    result = _changed(part, other, channel, layers, change)
+    for index in layers if channel == "attention" else ():
+        own = result.masks.get(index, part.mask[:, None].repeat(1, result.cache.layers[index].keys.shape[1], 1))
+        result.masks[index] = _headed(own, other.mask[:, None].expand_as(own), head)
+    return result
 
 
 def disturbed(
@@ -184,18 +194,23 @@ def disturbed(
 
     The difference between the two prompts is turned by random rotations (a state: of its rows and of its columns; keys
     and values: of each head), or its channels permuted with random signs (a convolution's window). So norm and, for a
-    state, singular values are those of the exchange, prompt by prompt and head by head.
+    state, singular values are those of the exchange, prompt by prompt and head by head. Keys and values of tokens that
+    only one of the prompts has cannot be turned: their share of the norm is added to that of the others.
     """
     generator = torch.Generator().manual_seed(seed)
+    cut = part.mask.shape[1] - part.tail.shape[1]
+    own_real, their_real = (one.mask[:, None, :cut, None].float() for one in (part, other))
 
-    def change(own: Tensor, foreign: Tensor, real: Tensor | None) -> Tensor:
+    def change(own: Tensor, foreign: Tensor) -> Tensor:
         difference = (foreign - own).float()
-        if real is not None:  # where only one of the two prompts has a token there is no difference to turn
-            difference = difference * real
+        if channel == "attention":
+            whole = (foreign * their_real - own * own_real).float().norm(dim=(2, 3), keepdim=True)
+            difference = difference * own_real * their_real
+            difference = difference * (whole / difference.norm(dim=(2, 3), keepdim=True).clamp(min=1e-12))
         turned = own + _turned(difference, channel, generator).to(own.dtype)
         return _headed(own, turned, head)
 
-    return _changed(part, other, channel, layers, change, masks=False)
+    return _changed(part, other, channel, layers, change)
 
 
 def _headed(own: Tensor, foreign: Tensor, head: int | None) -> Tensor:
@@ -224,25 +239,22 @@ def _rotation(heads: int, size: int, generator: torch.Generator) -> Tensor:
 
 
 def _changed(
-    part: Prefix,
-    other: Prefix,
-    channel: Channel,
-    layers: Sequence[int],
-    change: Callable[[Tensor, Tensor, Tensor | None], Tensor],
-    *,
-    masks: bool,
+    part: Prefix, other: Prefix, channel: Channel, layers: Sequence[int], change: Callable[[Tensor, Tensor], Tensor]
 ) -> Prefix:
+    """A copy of a prefix with one channel of some layers changed; `change` gets its own tensor and the other's."""
     result = part.copy()
     cut = part.mask.shape[1] - part.tail.shape[1]
-    real = (part.mask & other.mask)[:, None, :cut, None].float()
     for index in layers:
         own, foreign = result.cache.layers[index], other.cache.layers[index]
         if channel == "attention":
-            own.keys, own.values = change(own.keys, foreign.keys, real), change(own.values, foreign.values, real)
-            if masks:
-                result.masks[index] = other.mask
+            if own.keys.shape[2] != cut:
+                raise WrongInput(
+                    f"layer {index} keeps the keys of {own.keys.shape[2]} of {cut} tokens (a sliding window): "
+                    "they cannot be exchanged"
+                )
+            own.keys, own.values = change(own.keys, foreign.keys), change(own.values, foreign.values)
         else:
             name = "recurrent_states" if channel == "state" else "conv_states"
             mine, theirs = getattr(own, name), getattr(foreign, name)
-            setattr(own, name, {**mine, 0: change(mine[0], theirs[0], None)})
+            setattr(own, name, {**mine, 0: change(mine[0], theirs[0])})
     return result

@@ -21,7 +21,7 @@ from scipy.stats import halfnorm
 from probes import stats
 from probes.controls import random_direction, shuffled_direction
 from probes.criteria import GateCriteria, intact
-from probes.directions import Direction, Pairs
+from probes.directions import Direction, Pairs, Raw, mean_of
 from probes.stats import Estimate
 
 Effects = Callable[[Direction, float], Sequence[float]]
@@ -80,12 +80,16 @@ def candidates(
     effects: Effects,
     perplexity: Perplexity,
     *,
+    raw: Raw = mean_of,
     groups: Sequence[str],
     doses: Sequence[float],
     rules: GateCriteria,
     seed: int,
 ) -> Iterator[Candidate]:
-    """Try each layer in turn. `effects` and `perplexity` run the model under a direction at a dose."""
+    """Try each layer in turn. `effects` and `perplexity` run the model under a direction at a dose.
+
+    `raw` is what `extract` does with pairs before it normalises; shuffled labels go through the same.
+    """
     limit = math.sqrt(rules.perplexity_ratio)
     for both in pairs.values():
         direction = extract(both)
@@ -98,7 +102,7 @@ def candidates(
         coherent, _, dose, ratio, values = max(tried, key=lambda one: one[:2])
         seeds = [stats.derived_seed(seed, f"search layer {direction.layer}", i) for i in range(CONTROLS)]
         drawn = [random_direction(direction, seed=s) for s in seeds]
-        shuffled = [shuffled_direction(both, direction, seed=s) for s in seeds]
+        shuffled = [shuffled_direction(both, direction, seed=s, raw=raw) for s in seeds]
         noise = {"random_effect": _size(drawn, effects, dose), "shuffled_effect": _size(shuffled, effects, dose)}
         auroc = cross_fitted_auroc(both, extract, seed=seed)
         yield Candidate(
@@ -127,7 +131,7 @@ def cross_fitted_auroc(pairs: Pairs, extract: Callable[[Pairs], Direction], *, s
     """AUROC of the projection on directions from one half of the groups, scored on the other."""
     found = []
     for i in range(times):
-        half = stats.split_groups(pairs.groups, np.random.default_rng((seed, i)))
+        half = stats.split_groups(pairs.groups, np.random.default_rng(stats.derived_seed(seed, "cross-fit", i)))
         fit, rest = pairs.where(half), pairs.where(~half)
         found.append(stats.auroc(*rest.scores(extract(fit).vector), rest.groups, draws=1).value)
     return float(np.mean(found))

@@ -20,6 +20,8 @@ point in time, and the recurrence carries the edit to every later token. So `for
 
 from __future__ import annotations
 
+import hashlib
+import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -68,32 +70,49 @@ def steer(
         form: for states, when: "end", "initial" or "write".
 
     Raises:
-        WrongInput: unknown phase, mode or form, or a direction that does not fit the model.
+        WrongInput: unknown phase, mode or form, a dose that is not finite, or a direction that does not fit the model.
+        RuntimeError: from the model, of a state whose layer had its forward rewritten, by an nnsight trace with
+            `.source` for instance: load the model again.
     """
     for name, value, allowed in (("phase", phase, Phase), ("mode", mode, Mode), ("form", form, Form)):
         if value not in get_args(allowed):
             raise WrongInput(f"unknown {name} '{value}'; allowed are {', '.join(get_args(allowed))}")
+    if not math.isfinite(dose):
+        raise WrongInput(f"dose must be finite, saw {dose}")
     if last is not None and last < 1:
         raise WrongInput(f"last must be at least 1 token, saw {last}")
     if direction.site not in STEERABLE:
         raise WrongInput(f"'{direction.site}' cannot be steered; allowed are {', '.join(STEERABLE)}")
     resolve(model, direction.site, [direction.layer])
     edit = _Edit.of(model, direction, dose=dose, mode=mode)
-    if direction.site == "gdn.state":
-        if form == "initial" and phase == "decode":
-            raise WrongInput("an initial state is there before the prompt: form 'initial' needs phase prefill or both")
-        tap = _StateTap(edit=edit, phase=phase, form=form, last=last)
-        with tapped(model, {direction.layer: tap}):
-            yield
-    else:
+    if direction.site == "gdn.state" and form == "initial" and phase == "decode":
+        raise WrongInput("an initial state is there before the prompt: form 'initial' needs phase prefill or both")
 
-        def chosen(decoding: bool) -> slice | None:
-            if phase != "both" and (phase == "decode") != decoding:
-                return None
-            return slice(None) if decoding or last is None else slice(-last, None)
+    def chosen(decoding: bool) -> slice | None:
+        if phase != "both" and (phase == "decode") != decoding:
+            return None
+        return slice(None) if decoding or last is None else slice(-last, None)
 
-        with _tokens_edited(model, direction, edit, chosen):
-            yield
+    with ExitStack() as stack:
+        said = {"dose": dose, "phase": phase, "mode": mode, "last": last, "form": form}
+        stack.enter_context(_noted(model, direction, said))
+        if direction.site == "gdn.state":
+            tap = _StateTap(edit=edit, phase=phase, form=form, last=last)
+            stack.enter_context(tapped(model, {direction.layer: tap}))
+        else:
+            stack.enter_context(_tokens_edited(model, direction, edit, chosen))
+        yield
+
+
+@contextmanager
+def _noted(model: HybridModel, direction: Direction, how: dict[str, Any]) -> Iterator[None]:
+    """The intervention is on the model's list while it lasts: a capture writes it into its recipe."""
+    content = hashlib.sha256(direction.vector.detach().cpu().numpy().tobytes()).hexdigest()[:16]
+    model.interventions.append({"site": direction.site, "layer": direction.layer, "vector": content, **how})
+    try:
+        yield
+    finally:
+        model.interventions.pop()
 
 
 @contextmanager
@@ -104,13 +123,14 @@ def steer_first(model: HybridModel, direction: Direction, *, dose: float, tokens
     `steer(phase="prefill", last=tokens)` does to whole prompts, this does to their continuation.
     """
     edit = _Edit.of(model, direction, dose=dose, mode="add")
-    if direction.site == "gdn.state":
-        tap = _StateTap(edit=edit, phase="both", form="end", last=None)
-        with tapped(model, {direction.layer: tap}):
-            yield
-    else:
-        with _tokens_edited(model, direction, edit, lambda decoding: slice(0, tokens)):
-            yield
+    with ExitStack() as stack:
+        stack.enter_context(_noted(model, direction, {"dose": dose, "first": tokens}))
+        if direction.site == "gdn.state":
+            tap = _StateTap(edit=edit, phase="both", form="end", last=None)
+            stack.enter_context(tapped(model, {direction.layer: tap}))
+        else:
+            stack.enter_context(_tokens_edited(model, direction, edit, lambda decoding: slice(0, tokens)))
+        yield
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,30 +216,34 @@ class _StateTap:
 
     def __init__(self, *, edit: _Edit, phase: str, form: str, last: int | None):
         self.edit, self.phase, self.form, self.last = edit, phase, form, last
-        # In decoding a state is edited once for each cache: a cache keeps its state in one tensor, updated in place
-        # from token to token, and a copy of a cache has a tensor of its own.
+        # In decoding a state is edited once for each cache; a copy of a cache is another one.
         self.met: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
     def __call__(self, call: GDNCall, run: Run) -> tuple[Tensor, Any]:
+        """A forward may come in pieces, when another tap has split it: each moment of an edit lies in one of them."""
         decoding = call.continued
         if self.phase != "both" and (self.phase == "decode") != decoding:
             return run(call)
         if self.form == "write":
-            first = 0 if decoding or self.last is None else max(call.tokens - self.last, 0)
+            first = 0 if decoding or self.last is None else max(call.forward - self.last - call.first, 0)
             return run(self.rewritten(call, first))
         if decoding:
-            return run(call if self.form == "initial" or self.seen(call.state) else self.edited(call))
+            fresh = self.form == "end" and call.first == 0 and not self.seen(call.memory)
+            return run(self.edited(call) if fresh else call)
         call = without_padding(call)  # padding would wear off an edit that is made before it
-        first = 0 if self.form == "initial" else max(call.tokens - (self.last or 1), 0)
-        if first == 0:
+        moment = 0 if self.form == "initial" else max(call.forward - (self.last or 1), 0)
+        at = moment - call.first
+        if not 0 <= at < call.tokens:
+            return run(call)
+        if at == 0:
             return run(self.edited(call))
-        before, state = run(call.between(0, first, state=None))
-        after, state = run(self.edited(call.between(first, call.tokens, state=state)))
+        before, state = run(call.between(0, at, state=call.state))
+        after, state = run(self.edited(call.between(at, call.tokens, state=state)))
         return torch.cat([before, after], 1), state
 
-    def seen(self, state: Any) -> bool:
-        known = state in self.met
-        self.met[state] = True
+    def seen(self, memory: Any) -> bool:
+        known = memory in self.met
+        self.met[memory] = True
         return known
 
     def edited(self, call: GDNCall) -> GDNCall:
@@ -230,6 +254,8 @@ class _StateTap:
 
     def rewritten(self, call: GDNCall, first: int) -> GDNCall:
         """Other values for the tokens from `first` on: what each is to be, or has along what D says to its key."""
+        if first >= call.tokens:
+            return call
         heads = self.edit.unit.shape[0]
         keys = normalised(call.k[:, first:].float()).repeat_interleave(heads // call.k.shape[2], 2)
         told = torch.einsum("pthk,hkv->pthv", keys, self.edit.unit)

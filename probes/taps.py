@@ -45,6 +45,9 @@ class GDNCall:
         decay: log decay, <= 0, float32. beta: write strength in (0, 1).
         state: the state before the first of these tokens, float32; None for zeros.
         continued: whether the forward continues a cache (decoding), rather than starting a sequence (prefill).
+        first: where in the forward these tokens begin; 0 unless the call was split. forward: tokens of the forward.
+        memory: the layer's place in the cache that the forward continues or fills, the same object from token to token
+            whatever becomes of the tensors in it; None without a cache.
         mask: 1 for real tokens, 0 for padding; None when every token is real.
         options: what else the kernel is told.
     """
@@ -56,6 +59,9 @@ class GDNCall:
     beta: Float[Tensor, "prompt token v_head"]
     state: Float[Tensor, "prompt v_head d_k d_v"] | None
     continued: bool
+    first: int
+    forward: int
+    memory: Any
     mask: Int[Tensor, "prompt token"] | None
     options: Mapping[str, Any]
 
@@ -69,6 +75,7 @@ class GDNCall:
         return replace(
             self, q=self.q[:, part], k=self.k[:, part], v=self.v[:, part], decay=self.decay[:, part],
             beta=self.beta[:, part], state=state, mask=None if self.mask is None else self.mask[:, part],
+            first=self.first + start,
         )  # fmt: skip
 
 
@@ -140,7 +147,7 @@ class _Switch:
         self.met, stand_in = False, _Recurrence if self.layer.kind == "gdn" else _Table
         for name in self.wanted:
             self.replaced[name] = self.names[name]
-            self.names[name] = stand_in(self.replaced[name], self, kwargs.get("attention_mask"))
+            self.names[name] = stand_in(self.replaced[name], self, kwargs)
 
     def end(self, mixer: Any, args: tuple, output: Any) -> None:
         self.names.update(self.replaced)
@@ -157,14 +164,16 @@ class _Switch:
 class _Recurrence:
     """In the place of a gated delta rule, for one layer and as long as it runs."""
 
-    def __init__(self, original: Any, switch: _Switch, mask: Tensor | None):
-        self.original, self.switch, self.mask = original, switch, mask
+    def __init__(self, original: Any, switch: _Switch, given: Mapping[str, Any]):
+        self.original, self.switch, self.mask = original, switch, given.get("attention_mask")
+        layers = getattr(given.get("cache_params"), "layers", None)
+        self.memory = layers[switch.layer.index] if layers is not None else None
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, *, g: Tensor, beta: Tensor, **options: Any) -> Any:
         wants_state, state = options.pop("output_final_state", False), options.pop("initial_state", None)
         call = GDNCall(
-            q=query, k=key, v=value, decay=g, beta=beta, state=state, continued=state is not None,
-            mask=_whole(self.mask, query), options=options,
+            q=query, k=key, v=value, decay=g, beta=beta, state=state, continued=state is not None, first=0,
+            forward=value.shape[1], memory=self.memory, mask=_whole(self.mask, query), options=options,
         )  # fmt: skip
         outputs, final = self.handle(call)
         return outputs, final if wants_state else None
@@ -191,7 +200,7 @@ def _whole(mask: Tensor | None, query: Tensor) -> Tensor | None:
 class _Table:
     """In the place of transformers' table of attention functions, for one layer and as long as it runs."""
 
-    def __init__(self, original: Any, switch: _Switch, mask: Tensor | None):
+    def __init__(self, original: Any, switch: _Switch, given: Mapping[str, Any]):
         self.original, self.switch = original, switch
 
     def get_interface(self, name: str, default: Callable[..., Any]) -> Callable[..., Any]:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from tqdm.auto import tqdm
@@ -23,7 +23,7 @@ from probes.behaviors import Behavior, check_vocabulary, knows_words, read_behav
 from probes.controls import centred, random_direction, shuffle_labels, shuffled_direction
 from probes.criteria import GateCriteria, Verdict, decide, intact
 from probes.damage import General, damage, perplexity_ratio, read_general, repetition, surprise
-from probes.directions import Direction, Method, Pairs, contrast, extract, mean_difference
+from probes.directions import STEERABLE, Direction, Method, Pairs, contrast, extract, mean_difference, raw_of
 from probes.errors import WrongInput
 from probes.evidence import judge, sentence
 from probes.model import HybridModel
@@ -105,6 +105,19 @@ class GateConfig:
             raise WrongInput("layers must name at least one layer, or be None for a choice of them")
         if self.seed >= 2**31:
             raise WrongInput(f"seed must be below 2^31, saw {self.seed}")
+        for name, allowed in (("phase", Phase), ("form", Form)):
+            if (seen := getattr(self, name)) not in get_args(allowed):
+                raise WrongInput(f"unknown {name} '{seen}'; allowed are {', '.join(get_args(allowed))}")
+        if self.site not in STEERABLE:
+            raise WrongInput(f"'{self.site}' cannot be steered; allowed are {', '.join(STEERABLE)}")
+        if self.direction not in (*get_args(Method), "random"):
+            raise WrongInput(f"unknown direction '{self.direction}'; allowed are {', '.join(get_args(Method))}, random")
+        if self.heads is not None and not self.heads:
+            raise WrongInput("heads must name at least one head, or be None for all")
+        if self.rank < 1 or (self.rank > 1 and self.direction != "low-rank"):
+            raise WrongInput(
+                f"rank is for --direction low-rank, and at least 1; saw {self.rank} with '{self.direction}'"
+            )
         if self.shuffle_labels and self.direction == "random":
             raise WrongInput("shuffle_labels has no effect on a random direction: choose one of the two")
         if self.site != "gdn.state":
@@ -207,6 +220,7 @@ class _Gate:
                 "hash": behavior.hash,
             },
         }
+        self.raw = raw_of("mean" if config.direction == "random" else config.direction, rank=config.rank)
         self.others = unrelated_behaviors(model, behavior)
         once = len(PHASES) + len(ANSWERS) + 1  # and necessity
         steps = len(self.layers) + len(config.doses) + 2 * config.controls + len(self.others) + once
@@ -230,6 +244,7 @@ class _Gate:
             self.extract,
             lambda direction, dose: self.effects(direction, prepared, base, dose),
             lambda direction, dose: self.perplexity_ratio(direction, dose, self.search_general),
+            raw=self.raw,
             groups=base.groups,
             doses=self.config.doses,
             rules=self.config.criteria,
@@ -321,7 +336,7 @@ class _Gate:
         held = self.record(self.judged, [self.direction.layer])[self.direction.layer]
         seeds = [self.seed("control", i) for i in range(self.config.controls)]
         drawn = [random_direction(self.direction, seed=seed) for seed in seeds]
-        shuffled = [shuffled_direction(pairs, self.direction, seed=seed) for seed in seeds]
+        shuffled = [shuffled_direction(pairs, self.direction, seed=seed, raw=self.raw) for seed in seeds]
         unrelated = self.unrelated()
         effects: dict[str, list[dict[str, Any]]] = {}
         for kind, directions in (("random", drawn), ("shuffled labels", shuffled), ("unrelated", unrelated)):

@@ -156,7 +156,7 @@ def test_wrong_input_is_one_clear_line_and_exit_code_2(files, capsys, monkeypatc
 def test_localize_names_the_carrier_and_leaves_a_page(tmp_path, capsys):
     out = tmp_path / "where"
     quick = ["localize", "sentiment", "--model", "organism-attention", "--out", str(out), "--prompts", "12",
-             "--controls", "4", "--layer-controls", "2", "--head-layers", "0"]  # fmt: skip
+             "--controls", "19", "--layer-controls", "2", "--head-layers", "0"]  # fmt: skip
     code, said, _ = run(capsys, *quick)
     assert code == 0
     assert "attention: the attention carries it: " in said

@@ -1,13 +1,25 @@
 """Mean differences against numpy, reliability against its meaning, and directions on disk."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from probes.behaviors import read_behavior
 from probes.capture import capture
-from probes.controls import random_direction
-from probes.directions import Pairs, contrast, mean_difference, open_direction, save_direction
+from probes.controls import random_direction, shuffled_direction
+from probes.directions import (
+    Pairs,
+    contrast,
+    extract,
+    low_rank,
+    mean_difference,
+    open_direction,
+    raw_of,
+    save_direction,
+    whitened,
+)
 from probes.errors import WrongInput
 
 
@@ -84,8 +96,6 @@ def test_a_persona_contrast_reads_the_last_prompt_token_under_both_personas(tiny
 
 
 def test_without_personas_the_answers_are_contrasted(tiny):
-    from dataclasses import replace
-
     behavior = read_behavior("sentiment").take(4)
     behavior = replace(behavior, items=tuple(replace(item, persona=None) for item in behavior.items))
     pairs = contrast(tiny, behavior, layers=[2], progress=False)[2]
@@ -123,3 +133,89 @@ def test_directions_survive_the_disk_and_are_refused_by_other_weights(tiny, llam
         open_direction(path, model=llama)
     with pytest.raises(WrongInput, match="no such file"):
         open_direction(tmp_path / "absent", model=tiny)
+
+
+def states(*, n: int = 60, seed: int = 0) -> Pairs:
+    """Pairs of states whose difference is rank 1 in head 1 of three, under noise that is loud along some rows."""
+    generator = torch.Generator().manual_seed(seed)
+    base = torch.randn(2 * n, 3, 6, 8, generator=generator) * torch.linspace(0.2, 3, 6)[:, None]
+    base[:n, 1] += torch.outer(torch.eye(6)[0] + torch.eye(6)[5], torch.eye(8)[2])
+    groups = tuple(f"g{i % 10}" for i in range(n))
+    return Pairs(
+        layer=2, wanted=base[:n].flatten(1), unwanted=base[n:].flatten(1), groups=groups, behavior="made",
+        contrast="persona", site="gdn.state", shape=(3, 6, 8),
+    )  # fmt: skip
+
+
+def test_a_low_rank_direction_is_the_best_of_its_rank_in_every_head():
+    pairs = states()
+    whole = mean_difference(pairs).tensor.numpy()
+    for rank in (1, 3, 6):
+        cut = low_rank(pairs, rank=rank)
+        assert cut.method == f"rank-{rank} mean difference"
+        u, s, v = np.linalg.svd(whole)
+        best = np.stack([u[h][:, :rank] * s[h][:rank] @ v[h][:rank] for h in range(3)])
+        assert np.allclose(cut.tensor.numpy(), best / np.linalg.norm(best), atol=1e-5)
+    with pytest.raises(WrongInput, match="rank must lie between 1 and 6 for states of 6x8, saw 7"):
+        low_rank(pairs, rank=7)
+    with pytest.raises(WrongInput, match=r"a low-rank direction is one of states \(gdn.state\), saw 'resid'"):
+        low_rank(made(1.0))
+
+
+def test_a_whitened_direction_is_the_discriminant_of_scikit_learn():
+    """With so many pairs that shrinkage is nothing, linear discriminant analysis finds the same."""
+    from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+
+    pairs = made(2.0, n=4000)
+    generator = torch.Generator().manual_seed(3)
+    left, right = (torch.linalg.qr(torch.randn(32, 32, generator=generator)).Q for _ in range(2))
+    mixing = left * torch.linspace(1, 4, 32) @ right
+    pairs = replace(pairs, wanted=pairs.wanted @ mixing, unwanted=pairs.unwanted @ mixing)
+    features = np.concatenate([pairs.wanted.numpy(), pairs.unwanted.numpy()]).astype(np.float64)
+    labels = np.repeat([1, 0], len(pairs.wanted))
+    found = LinearDiscriminantAnalysis(solver="lsqr").fit(features, labels).coef_[0]
+    cosine = float(found @ whitened(pairs).vector.numpy() / np.linalg.norm(found))
+    assert cosine > 0.999
+    assert float(found @ mean_difference(pairs).vector.numpy() / np.linalg.norm(found)) < 0.9
+
+
+def test_a_whitened_state_forgets_the_loud_rows():
+    """Rows 0 and 5 differ alike, row 5 under 15 times the noise: dividing by the covariance leaves row 0."""
+    raw, white = mean_difference(states(n=400)).tensor[1, :, 2], whitened(states(n=400)).tensor[1, :, 2]
+    assert abs(float(raw[5] / raw[0])) > 0.4
+    assert abs(float(white[5] / white[0])) < 0.1
+
+
+def test_heads_confine_a_direction_and_its_controls():
+    pairs = states().only([2, 0])
+    for method in ("mean", "low-rank", "whitened"):
+        direction = extract(pairs, method=method)
+        assert direction.heads == (0, 2)
+        assert direction.tensor[1].abs().max() == 0
+        assert float(direction.vector.norm()) == pytest.approx(1, abs=1e-6)
+        shuffled = shuffled_direction(pairs, direction, seed=0, raw=raw_of(method))
+        assert shuffled.tensor[1].abs().max() == 0
+        assert abs(float(shuffled.vector @ direction.vector)) < 1e-4
+    with pytest.raises(WrongInput, match=r"heads of gdn\.state at layer 2 are 0 to 2, saw 3"):
+        states().only([3])
+    with pytest.raises(WrongInput, match="'resid' has no heads"):
+        made(1.0).only([0])
+
+
+def test_directions_of_states_survive_the_disk(tiny, tmp_path):
+    direction = low_rank(states().only([1]), rank=2)
+    path = save_direction(direction, tmp_path / "s.safetensors", weights_hash=tiny.weights_hash)
+    back = open_direction(path, model=tiny)
+    assert torch.equal(back.tensor, direction.tensor)
+    assert (back.site, back.shape, back.heads, back.method) == ("gdn.state", (3, 6, 8), (1,), direction.method)
+
+
+def test_what_gives_no_direction_is_refused(tiny):
+    one = made(1.0, n=4)
+    with pytest.raises(WrongInput, match="a direction needs pairs in at least 2 topic groups, saw 1"):
+        mean_difference(Pairs(**{**vars(one), "groups": ("g",) * 4}))
+    behavior = read_behavior("sentiment").take(2)
+    with pytest.raises(WrongInput, match="positions 'all' keep several tokens of a prompt"):
+        contrast(tiny, behavior, positions="all", progress=False)
+    with pytest.raises(WrongInput, match=r"'attn\.pattern' has one entry for each earlier token"):
+        contrast(tiny, behavior, site="attn.pattern", progress=False)

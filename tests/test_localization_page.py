@@ -34,7 +34,7 @@ def row(kind: Any, carrier: str, layer: int | None, head: int | None, value: flo
     effect = Estimate(value=value, lower=value - 0.4, upper=value + 0.6, n=24, groups=6)
     return Row(
         kind=kind, carrier=carrier, layer=layer, head=head, effect=effect, share=value / PERSONA.value,
-        controls=(0.1, -bar, 0.3 * bar), bar=bar, least=0.16,
+        controls=(0.1, -bar, *(0.3 * bar for _ in range(17))), bar=bar, least=0.16,
     )  # fmt: skip
 
 
@@ -55,8 +55,9 @@ def complete(layers: int = 8, heads: int = 4) -> Localization:
         *(row("give", "attn.heads", i, None, 0.3) for i in attention),
         *(row("give", "gdn.state", chosen, head, 4.0 * (head == 1)) for head in range(heads)),
     ]  # fmt: skip
-    whole = {r.carrier: r for r in rows[:3]}
-    carrier, sentence = conclude(whole, PERSONA, replace(PERSONA, value=4.8, lower=4, upper=5))  # type: ignore[arg-type]
+    whole: Any = {r.carrier: r for r in rows[:3]}
+    lead = replace(PERSONA, value=4.8, lower=4, upper=5)
+    carrier, sentence = conclude(whole, PERSONA, {"convolution": lead, "attention": lead})
     recipe = {
         "model": "organism",
         "weights_hash": "fedcba98",
@@ -70,7 +71,7 @@ def complete(layers: int = 8, heads: int = 4) -> Localization:
 
 def without_personas() -> Localization:
     whole = complete()
-    carrier, sentence = conclude({}, None, None)
+    carrier, sentence = conclude({}, None, {})
     rows = [replace(r, share=math.nan, least=0.0) for r in whole.rows if r.kind == "give" and r.head is None]
     return replace(whole, rows=tuple(rows), persona=None, carrier=carrier, sentence=sentence)
 
@@ -225,7 +226,7 @@ def test_page_holds_every_row_with_its_numbers():
         assert said in words, said
     cells, start = page.cells, 0
     for r in sorted(found.rows, key=lambda r: (r.layer is not None) + (r.head is not None)):  # as the tables are
-        seen = [nats(r.effect.value) + limits(r.effect.as_dict()), percent(r.share), f"±{nats(r.bar)} (n = 3)"]
+        seen = [nats(r.effect.value) + limits(r.effect.as_dict()), percent(r.share), f"±{nats(r.bar)} (n = 19)"]
         start = next(at for at in range(start, len(cells)) if cells[at] == r.where and cells[at + 1 : at + 4] == seen)
         assert cells[start + 4] == ("yes" if r.shown else "no")
         assert cells[start - 2] == r.kind

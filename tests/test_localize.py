@@ -17,7 +17,7 @@ from probes.propensity import prepare, propensity
 from probes.stats import Estimate
 from probes.steering import steer, steer_first
 
-QUICK = LocalizeConfig(prompts=16, controls=5, layer_controls=2)
+QUICK = LocalizeConfig(prompts=12, controls=19, layer_controls=2)
 
 
 @pytest.fixture(scope="module")
@@ -40,13 +40,13 @@ def test_shares_are_what_the_effects_are_of_the_personas(found):
     for row in found.rows:
         assert row.share == pytest.approx(row.effect.value / found.persona.value)
         assert row.effect.lower <= row.effect.value <= row.effect.upper
-        assert len(row.controls) == (5 if row.layer is None else 2)
+        assert len(row.controls) == (19 if row.layer is None else 2)
 
 
 def test_the_personas_effect_is_that_of_whole_prompts(organism, found):
-    judged = read_behavior("follow-direction").split(held_out=0.4, seed=0)[1].take(16, seed=0)
+    judged = read_behavior("follow-direction").split(held_out=0.4, seed=0)[1].take(12, seed=0)
     wanted, unwanted = (propensity(organism, prepare(organism, judged, persona=p)) for p in ("wanted", "unwanted"))
-    assert found.persona.value == pytest.approx(sum(wanted.minus(unwanted)) / 16, abs=1e-3)
+    assert found.persona.value == pytest.approx(sum(wanted.minus(unwanted)) / 12, abs=1e-3)
 
 
 def test_every_layer_is_asked_once_and_strong_ones_head_by_head(found):
@@ -113,41 +113,80 @@ def test_a_localization_is_repeated_number_for_number_and_survives_the_disk(orga
     assert recipe(organism, read_behavior("sentiment"), config)["weights_hash"] == organism.weights_hash
 
 
-def row(carrier, low, high, bar=0.5, layer=None):
+def row(carrier, low, high, bar=0.5, controls=20):
     effect = Estimate(value=(low + high) / 2, lower=low, upper=high, n=48, groups=6)
-    kind = "exchange"
     return Row(
-        kind=kind, carrier=carrier, layer=layer, head=None, effect=effect, share=effect.value / 10, controls=(bar,),
-        bar=bar, least=0.2,
+        kind="exchange", carrier=carrier, layer=None, head=None, effect=effect, share=effect.value / 10,
+        controls=(bar,) * controls, bar=bar, least=0.2,
     )  # fmt: skip
 
 
 PERSONA = Estimate(value=10.0, lower=9.0, upper=11.0, n=48, groups=6)
+CLEAR, UNCLEAR = (replace(PERSONA, value=v, lower=v - 1, upper=v + 1) for v in (5.0, 0.5))
 
 
 @pytest.mark.parametrize(
-    ("state", "attention", "lead", "carrier", "words"),
+    ("state", "convolution", "attention", "leads", "carrier", "words"),
     [
-        ((9, 11), (-0.1, 0.1), (9, 11), "state", "the GDN states carry it: "),
-        ((-0.1, 0.1), (9, 11), (-11, -9), "attention", "the attention carries it: "),
-        ((4, 6), (4, 6), (-1, 1), "both", "both carry it"),
-        ((7, 8), (2, 3), (4, 6), "state", "carry most of it"),
-        ((2, 3), (7, 8), (-6, -4), "attention", "carries most of it"),
-        ((-0.1, 0.4), (-1, 0.3), (-1, 1), "not shown", "neither states nor attention"),
+        (row("", 9, 11), row("", 0, 0), row("", -0.1, 0.1), (CLEAR, CLEAR), "state", "the GDN states carry it: "),
+        (row("", -0.1, 0.1), row("", 0, 0), row("", 9, 11), (CLEAR, CLEAR), "attention", "the attention carries it: "),
+        (row("", 0.2, 0.4), row("", 8, 9.5), row("", 0, 0.2), (CLEAR, CLEAR), "convolution", "the windows of the"),
+        (
+            row("", 4, 6),
+            row("", 0, 0),
+            row("", 4.5, 6.5),
+            (UNCLEAR, CLEAR),
+            "several",
+            "all keys and values and all GDN",
+        ),
+        (row("", 3, 4), row("", 0, 0), row("", 1, 2), (CLEAR, CLEAR), "several", "none moves half of it alone"),
+        (row("", 0.2, 0.4, 0.1), row("", 0, 0), row("", 8, 9.4, 8.1), (CLEAR, CLEAR), "not shown", "no exchange moves"),
+        (row("", -0.1, 0.4), row("", 0, 0), row("", -1, 0.3), (UNCLEAR, UNCLEAR), "not shown", "no exchange moves"),
+        (
+            row("", 9, 11, controls=5),
+            row("", 0, 0),
+            row("", 0, 0),
+            (CLEAR, CLEAR),
+            "not shown",
+            "5 controls are too few",
+        ),
     ],
 )
-def test_the_conclusion_names_what_the_rows_allow(state, attention, lead, carrier, words):
-    whole: Any = {"state": row("state", *state), "attention": row("attention", *attention)}
-    between = Estimate(value=sum(lead) / 2, lower=lead[0], upper=lead[1], n=48, groups=6)
-    named, sentence = conclude(whole, PERSONA, between)
+def test_the_conclusion_names_what_the_rows_allow(state, convolution, attention, leads, carrier, words):
+    whole: dict[Any, Row] = {"state": state, "convolution": convolution, "attention": attention}
+    first = max(whole, key=lambda channel: whole[channel].effect.value)
+    others = [channel for channel in whole if channel != first]
+    named, sentence = conclude(whole, PERSONA, dict(zip(others, leads, strict=True)))
     assert named == carrier
     assert words in sentence
 
 
-def test_where_the_personas_move_nothing_there_is_nothing_to_localise():
-    nothing = replace(PERSONA, value=0.1, lower=-0.2)
+def test_where_the_personas_move_nothing_or_topics_are_few_nothing_is_named():
     whole: Any = {"state": row("state", 9, 11)}
-    assert conclude(whole, nothing, None)[0] == "not shown"
+    assert conclude(whole, replace(PERSONA, value=0.1, lower=-0.2), {})[0] == "not shown"
+    named, sentence = conclude(whole, replace(PERSONA, groups=1, lower=10.0, upper=10.0), {})
+    assert named == "not shown"
+    assert "1 held-out topic groups are too few" in sentence
+
+
+def test_equal_personas_have_no_share(organism):
+    """Both sides of each item speak with one voice: nothing is exchanged, given or divided by zero."""
+    behavior = read_behavior("sentiment")
+    mute = tuple(
+        replace(item, persona={side: (item.persona or {})["wanted"] for side in ("wanted", "unwanted")})
+        for item in behavior.items
+    )
+    config = replace(QUICK, layers=(4,), head_layers=0, prompts=8)
+    result = localize(organism, replace(behavior, items=mute), config, progress=False)
+    assert result.carrier == "not shown"
+    assert all(row.effect.value == 0 and math.isnan(row.share) for row in result.rows if row.kind == "exchange")
+
+
+def test_chosen_layers_do_not_change_what_is_named(organism):
+    """Layer 3 is attention: the states are told as a whole all the same."""
+    result = localize(organism, read_behavior("sentiment"), replace(QUICK, layers=(3,), head_layers=0), progress=False)
+    assert result.carrier == "state"
+    assert {row.layer for row in result.rows} == {None, 3}
 
 
 def test_small_or_noisy_effects_are_not_shown():

@@ -82,6 +82,28 @@ def test_one_head_of_a_state(tiny, both):
     assert torch.equal(new[:, [0, 1, 3]], own[:, [0, 1, 3]])
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_head_exchanged_with_itself_does_nothing(tiny, both, attention):
+    """However long the other prompt is: the heads that keep their own keep their own tokens too."""
+    _, _, begun, other = both
+    before = continued(tiny, begun)
+
+    def back_and_forth(a, b):
+        once = exchanged(tiny, a, b, channel="attention", layers=ATTENTION, head=1)
+        return exchanged(tiny, once, a, channel="attention", layers=ATTENTION, head=1)
+
+    tiny.hf.set_attn_implementation(attention)
+    try:
+        assert close(continued(tiny, begun.each(back_and_forth, other)), before, 1e-4)
+        once = begun.each(lambda a, b: exchanged(tiny, a, b, channel="attention", layers=[3], head=1), other)
+        twice = once.each(lambda a, b: exchanged(tiny, a, b, channel="attention", layers=[3], head=0), other)
+        whole = begun.each(lambda a, b: exchanged(tiny, a, b, channel="attention", layers=[3]), other)
+        assert close(continued(tiny, twice), continued(tiny, whole), 1e-4)
+        assert not close(continued(tiny, once), continued(tiny, whole), 1e-4)
+    finally:
+        tiny.hf.set_attn_implementation("sdpa")
+
+
 def test_controls_are_as_far_away_as_the_exchange_and_elsewhere(tiny, both):
     _, _, begun, other = both
     one = begun.each(lambda a, b: disturbed(tiny, a, b, channel="state", layers=[4], seed=1), other)
@@ -101,10 +123,11 @@ def test_controls_are_as_far_away_as_the_exchange_and_elsewhere(tiny, both):
         part = 0
         found = [getattr(p.parts[part].cache.layers[layer], name) for p in (begun, two, other)]
         own, new, foreign = (v[0] if isinstance(v, dict) else v for v in found)
-        if channel == "attention":  # only where both prompts have a token is there a difference to turn
-            real = (begun.parts[part].mask & other.parts[part].mask)[:, :-1].bool()
-            assert torch.equal(new.transpose(1, 2)[~real], own.transpose(1, 2)[~real])
-            true, drawn = ((x - own).transpose(1, 2)[real].norm(dim=-1) for x in (foreign, new))
+        if channel == "attention":  # what only one prompt has counts in the norm, and is not touched itself
+            mine, theirs = (p.parts[part].mask[:, :-1].bool() for p in (begun, other))
+            assert torch.equal(new.transpose(1, 2)[~(mine & theirs)], own.transpose(1, 2)[~(mine & theirs)])
+            true = foreign * theirs[:, None, :, None] - own * mine[:, None, :, None]
+            true, drawn = (x.norm(dim=(2, 3)) for x in (true, new - own))
         else:
             true, drawn = ((x - own).flatten(1).norm(dim=1) for x in (foreign, new))
         assert torch.allclose(true, drawn, rtol=1e-3, atol=1e-4)

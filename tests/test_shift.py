@@ -21,7 +21,7 @@ from probes.store import recipe_differs
 from tests.conftest import qwen_config
 from training.grammar import PERSONA_WORDS
 
-SMALL = CompareConfig(prompts=24, pairs=48, nulls=60, updates=19, shuffles=1, heads=False, layers=(4, 5, 6, 7))
+SMALL = CompareConfig(prompts=16, pairs=40, nulls=60, updates=19, shuffles=1, heads=False, layers=(4, 5, 6, 7))
 
 
 @pytest.fixture(scope="module")
