@@ -8,12 +8,11 @@ drawn at random, taken from shuffled labels, or made for other behaviours.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 from tqdm.auto import tqdm
@@ -21,113 +20,25 @@ from tqdm.auto import tqdm
 from probes import stats
 from probes.behaviors import Behavior, check_vocabulary, knows_words, read_behavior, shipped_behaviors
 from probes.controls import centred, random_direction, shuffle_labels, shuffled_direction
-from probes.criteria import GateCriteria, Verdict, decide, intact
+from probes.criteria import Verdict, decide, intact
 from probes.damage import General, damage, perplexity_ratio, read_general, repetition, surprise
-from probes.directions import STEERABLE, Direction, Method, Pairs, contrast, extract, mean_difference, raw_of
+from probes.directions import Direction, Pairs, contrast, extract, mean_difference, raw_of
 from probes.errors import WrongInput
 from probes.evidence import judge, sentence
+from probes.gate import GateConfig
 from probes.model import HybridModel
 from probes.propensity import Prepared, Propensity, counting, generate, prepare, propensity, shares
 from probes.search import Candidate, candidates
 from probes.sites import resolve
-from probes.steering import PHASES, Form, Mode, Phase, steer
+from probes.steering import PHASES, Mode, Phase, steer
 from probes.store import library_versions
 
+__all__ = ["GateConfig", "candidate_layers", "coherent_window", "recipe", "unrelated_behaviors", "verify"]
+
+DEFAULT = GateConfig()
 MAX_LAYERS_SEARCHED = 8
 ANSWERS = {"unsteered": 0, "steered": 1, "against": -1}  # free answers, and the sign of the dose they are given at
 DOSE_TEXTS = 12  # general texts behind each point of the dose curve; the working dose is judged on all of them
-
-
-@dataclass(frozen=True, kw_only=True)
-class GateConfig:
-    """How a verdict is reached. The same object configures the function and the command."""
-
-    layers: tuple[int, ...] | None = None
-    """Layers to choose from; auto (None) takes all of a small model, or eight spread over the middle of a large one."""
-    doses: tuple[float, ...] = (-1.0, -0.75, -0.5, -0.25, -0.1, 0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
-    """Doses of the dose-response curve, in units of the typical norm at the site; the working dose is one of them. The
-    small ones keep a curve to look at where a model breaks early."""
-    phase: Phase = "prefill"
-    """Which tokens the working intervention edits; the other phases are reported beside it. Editing the prompt is what
-    moves a Qwen3.5 (arXiv:2603.16335), and it leaves the answer free."""
-    site: Literal["resid", "gdn.state", "attn.heads"] = "resid"
-    """Where the direction lives: the residual stream, the recurrent state of a GDN layer, or an attention layer's
-    heads. One layer of it is chosen."""
-    direction: Method | Literal["random"] = "mean"
-    """"mean" is the mean difference; "low-rank" the same cut to --rank in each state; "whitened" divides it by the
-    covariance within the sides; "random" sends a drawn direction through the same gate."""
-    rank: int = 1
-    """Rank of each head's matrix, for --direction low-rank."""
-    heads: tuple[int, ...] | None = None
-    """Heads that the direction is confined to, for gdn.state and attn.heads; auto (None) takes all."""
-    form: Form = "end"
-    """When a state is edited: "end" (before the last prompt token; in decoding before the answer's first token),
-    "initial" (before the first token) or "write" (at every token, through its value)."""
-    shuffle_labels: bool = False
-    """Extract from shuffled labels: a gate that passes this is broken."""
-    controls: int = 20
-    """Random directions, and as many from shuffled labels."""
-    held_out: float = 0.4
-    """Share of topic groups that are held out."""
-    prompts: int = 64
-    """At most this many held-out prompts."""
-    search_prompts: int = 24
-    """Prompts of the fit split on which layer and dose are chosen."""
-    generations: int = 16
-    """Held-out prompts that are also answered freely."""
-    max_new_tokens: int = 32
-    """Length of a free answer, at most."""
-    general_texts: int = 40
-    """Paragraphs of general text for the damage criterion; a third as many others serve to choose the dose."""
-    general: str | None = None
-    """A .txt file (a paragraph a line) or .jsonl file (dialogues) of general text; the shipped text that the model's
-    tokenizer knows when not given."""
-    seed: int = 0
-    """Decides the split of the topics and every draw."""
-    criteria: GateCriteria = field(default_factory=GateCriteria)
-
-    def __post_init__(self) -> None:
-        least = {"prompts": 2, "search_prompts": 2, "controls": 1, "generations": 1, "max_new_tokens": 8, "seed": 0}
-        for name, bound in {**least, "general_texts": 3}.items():
-            if getattr(self, name) < bound:
-                raise WrongInput(f"{name} must be at least {bound}, saw {getattr(self, name)}")
-        if not 0 < self.held_out < 1:
-            raise WrongInput(f"held_out must lie between 0 and 1, saw {self.held_out}")
-        if not all(map(math.isfinite, self.doses)):
-            raise WrongInput(f"doses must be finite, saw {', '.join(f'{d:g}' for d in self.doses)}")
-        if 0.0 not in self.doses or not min(self.doses) < 0 < max(self.doses):
-            raise WrongInput(f"doses must include 0 and both signs, saw {', '.join(f'{d:g}' for d in self.doses)}")
-        if len(set(self.doses)) < len(self.doses) or len(self.doses) < self.criteria.min_doses:
-            raise WrongInput(
-                f"doses must be at least {self.criteria.min_doses} different ones, saw {len(set(self.doses))}"
-            )
-        if self.layers is not None and not self.layers:
-            raise WrongInput("layers must name at least one layer, or be None for a choice of them")
-        if self.seed >= 2**31:
-            raise WrongInput(f"seed must be below 2^31, saw {self.seed}")
-        for name, allowed in (("phase", Phase), ("form", Form)):
-            if (seen := getattr(self, name)) not in get_args(allowed):
-                raise WrongInput(f"unknown {name} '{seen}'; allowed are {', '.join(get_args(allowed))}")
-        if self.site not in STEERABLE:
-            raise WrongInput(f"'{self.site}' cannot be steered; allowed are {', '.join(STEERABLE)}")
-        if self.direction not in (*get_args(Method), "random"):
-            raise WrongInput(f"unknown direction '{self.direction}'; allowed are {', '.join(get_args(Method))}, random")
-        if self.heads is not None and not self.heads:
-            raise WrongInput("heads must name at least one head, or be None for all")
-        if self.rank < 1 or (self.rank > 1 and self.direction != "low-rank"):
-            raise WrongInput(
-                f"rank is for --direction low-rank, and at least 1; saw {self.rank} with '{self.direction}'"
-            )
-        if self.shuffle_labels and self.direction == "random":
-            raise WrongInput("shuffle_labels has no effect on a random direction: choose one of the two")
-        if self.site != "gdn.state":
-            for name, default in (("direction", "low-rank"), ("form", "initial"), ("form", "write")):
-                if getattr(self, name) == default:
-                    raise WrongInput(f"{name} '{default}' is for states; the site is '{self.site}', not 'gdn.state'")
-        if self.heads is not None and self.site == "resid":
-            raise WrongInput("heads were chosen, but the residual stream has none; gdn.state and attn.heads have")
-        if self.form == "initial" and self.phase != "prefill":
-            raise WrongInput(f"form 'initial' edits before the prompt: phase must be prefill, saw '{self.phase}'")
 
 
 def candidate_layers(model: HybridModel, site: str = "resid") -> tuple[int, ...]:
@@ -139,9 +50,7 @@ def candidate_layers(model: HybridModel, site: str = "resid") -> tuple[int, ...]
     return tuple(np.unique([existing[np.abs(existing - at).argmin()] for at in spread.round()]).tolist())
 
 
-def verify(
-    model: HybridModel, behavior: Behavior, config: GateConfig = GateConfig(), *, progress: bool = True
-) -> Verdict:
+def verify(model: HybridModel, behavior: Behavior, config: GateConfig = DEFAULT, *, progress: bool = True) -> Verdict:
     """Run the gate on one behaviour of one model.
 
     Raises:
