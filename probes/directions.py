@@ -92,7 +92,7 @@ class Direction:
 
 
 def heads_in_words(heads: Sequence[int] | None) -> str:
-    """heads 0 and 3; empty for all heads."""
+    """Head 3, or heads 0, 3, after a space; empty for all heads."""
     if heads is None:
         return ""
     return f" head{'s' if len(heads) > 1 else ''} {', '.join(map(str, heads))}"
@@ -230,7 +230,7 @@ def mean_difference(pairs: Pairs, *, seed: int = 0) -> Direction:
     Raises:
         WrongInput: the two sides are the same, so that there is no direction.
     """
-    return _direction(pairs, mean_of, method="mean difference", seed=seed)
+    return extract(pairs, seed=seed)
 
 
 def low_rank(pairs: Pairs, *, rank: int = 1, seed: int = 0) -> Direction:
@@ -239,7 +239,7 @@ def low_rank(pairs: Pairs, *, rank: int = 1, seed: int = 0) -> Direction:
     Raises:
         WrongInput: the site is not `gdn.state`, or the rank is not between 1 and the smaller side of a state.
     """
-    return _direction(pairs, partial(_cut, rank=rank), method=f"rank-{rank} mean difference", seed=seed)
+    return extract(pairs, method="low-rank", rank=rank, seed=seed)
 
 
 def whitened(pairs: Pairs, *, seed: int = 0) -> Direction:
@@ -248,7 +248,7 @@ def whitened(pairs: Pairs, *, seed: int = 0) -> Direction:
     For a state, each head's covariance is taken as the product of one over rows and one over columns (the matrix-normal
     model), since 128 x 128 entries have no covariance that a few hundred prompts could estimate.
     """
-    return _direction(pairs, _discriminant, method="whitened mean difference", seed=seed)
+    return extract(pairs, method="whitened", seed=seed)
 
 
 def mean_of(pairs: Pairs) -> Float[Tensor, " feature"]:

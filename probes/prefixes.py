@@ -21,7 +21,7 @@ from torch import Tensor
 
 from probes.errors import WrongInput
 from probes.model import HybridModel, Kind
-from probes.prompts import pad
+from probes.prompts import alike, pad
 from probes.propensity import Prepared, Propensity, fork
 from probes.scoring import log_probs, logits_at, row_sums
 from probes.taps import AttentionCall, Run, tapped
@@ -96,13 +96,8 @@ def prefixes(model: HybridModel, *prepared: Prepared, last: int = 1, batch_token
 def _batches(prepared: Sequence[Prepared], batch_tokens: int) -> Iterator[tuple[list[int], int]]:
     """Rows of similar length, and the width that holds the longest of them in any set."""
     longest = [max(len(one.prompts[i]) for one in prepared) for i in range(len(prepared[0].prompts))]
-    order, at = sorted(range(len(longest)), key=lambda i: longest[i]), 0
-    while at < len(order):
-        stop = at + 1
-        while stop < len(order) and (stop + 1 - at) * longest[order[stop]] <= batch_tokens:
-            stop += 1
-        yield order[at:stop], longest[order[stop - 1]]
-        at = stop
+    for rows in alike(longest, batch_tokens):
+        yield rows, longest[rows[-1]]
 
 
 def _run(model: HybridModel, prepared: Prepared, rows: list[int], width: int, last: int) -> Prefix:

@@ -147,12 +147,17 @@ def batches(model: HybridModel, sequences: Sequence[Sequence[int]], *, batch_tok
 
     Sorted by length, so padding is small; `Batch.rows` says where each row came from.
     """
-    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
-    pad_id, at = model.tokenizer.pad_token_id, 0
+    pad_id = model.tokenizer.pad_token_id
+    for rows in alike([len(sequence) for sequence in sequences], batch_tokens):
+        yield pad([sequences[i] for i in rows], pad_id=pad_id, device=model.device, rows=rows)
+
+
+def alike(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
+    """Indices of similar lengths, ascending, as many together as `batch_tokens` hold at the width of the longest."""
+    order, at = sorted(range(len(lengths)), key=lambda i: lengths[i]), 0
     while at < len(order):
         stop = at + 1
-        while stop < len(order) and (stop + 1 - at) * len(sequences[order[stop]]) <= batch_tokens:
+        while stop < len(order) and (stop + 1 - at) * lengths[order[stop]] <= batch_tokens:
             stop += 1
-        rows = order[at:stop]
-        yield pad([sequences[i] for i in rows], pad_id=pad_id, device=model.device, rows=rows)
+        yield order[at:stop]
         at = stop
