@@ -142,10 +142,7 @@ def capture(
     spots = {name: _spots(prompts, name, positions_at(name, asked), new_tokens) for name in names}
     recipe = {
         "kind": "capture",
-        "model": model.name,
-        "weights_hash": model.weights_hash,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "device": model.device.type,
+        **model.identity,
         "prompts": len(prompts),
         "prompts_hash": prompts_hash(prompts),
         "layers": {name: list(chosen) for name, chosen in plan.items()},

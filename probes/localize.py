@@ -108,10 +108,7 @@ def recipe(model: HybridModel, behavior: Behavior, config: LocalizeConfig) -> di
     return {
         "behavior": behavior.name,
         "behavior_hash": behavior.hash,
-        "model": model.name,
-        "weights_hash": model.weights_hash,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "device": model.device.type,
+        **model.identity,
         "config": asdict(config),
         "versions": library_versions(),
     }

@@ -99,6 +99,12 @@ class HybridModel:
             self._hashed = seen, self._hash(state)
         return self._hashed[1]
 
+    @property
+    def identity(self) -> dict[str, str]:
+        """What of the model decides a computation's numbers, for recipes."""
+        dtype = str(self.dtype).removeprefix("torch.")
+        return {"model": self.name, "weights_hash": self.weights_hash, "dtype": dtype, "device": self.device.type}
+
     @staticmethod
     def _hash(state: Mapping[str, torch.Tensor]) -> str:
         digest = hashlib.sha256()

@@ -89,10 +89,7 @@ def recipe(model: HybridModel, behavior: Behavior, config: GateConfig) -> dict[s
     return {
         "behavior": behavior.name,
         "behavior_hash": behavior.hash,
-        "model": model.name,
-        "weights_hash": model.weights_hash,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "device": model.device.type,
+        **model.identity,
         "general_hash": read_general(model, config.general).hash,
         "unrelated": {other.name: other.hash for other in unrelated_behaviors(model, behavior)},
         "config": asdict(config),
