@@ -236,8 +236,8 @@ class Capture:
     """organism, organism-state, organism-attention, a local folder, a .gguf file or a hub id."""
     sites: tuple[str, ...] = ("resid",)
     """resid, mixer, mlp; in GDN layers gdn.q, gdn.k, gdn.v, gdn.beta, gdn.decay, gdn.gate, gdn.readout, gdn.heads,
-    gdn.state, gdn.conv, gdn.attention; in attention layers attn.q, attn.k, attn.v, attn.gate, attn.pattern,
-    attn.heads."""
+    gdn.state, gdn.conv, gdn.attention, gdn.attribution; in attention layers attn.q, attn.k, attn.v, attn.gate,
+    attn.pattern, attn.heads."""
     layers: tuple[int, ...] | None = None
     """Layers, such as 3,5; auto takes every layer that has the site."""
     positions: tuple[str, ...] = ("last",)

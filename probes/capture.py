@@ -91,9 +91,9 @@ def capture(
     "all", "generated", "tokens:S" and indices give a list with one tensor [token ...] for each prompt; the others give
     one tensor without a token axis (but a list for a site with an axis of sources).
 
-    `gdn.state` and `gdn.conv` sum up all tokens so far, so they are what is there *after* a token. They are kept after
-    at most 64 tokens of a prompt. "all" and means do not exist for them: said for all sites, those words keep the last
-    state; said for these sites by name, they are refused.
+    `gdn.state`, `gdn.conv` and `gdn.attribution` sum up all tokens so far, so they are what is there *after* a token.
+    They are kept after at most 64 tokens of a prompt. "all" and means do not exist for them: said for all sites, those
+    words keep the last value; said for these sites by name, they are refused.
 
     Args:
         model: in eval mode.
@@ -110,15 +110,16 @@ def capture(
         batch_tokens: at most this many tokens, with padding, in one forward pass. With `gdn.state` a batch holds one
             state for each prompt, position and GDN layer (27B: 151 MiB for all layers), so lower it for short prompts.
         chunk_tokens: run longer prompts in pieces of this many tokens, at least 2, so that activations of one piece
-            are held at a time (but for `gdn.attention` the q, k and v of all tokens). The same numbers to 1e-5 in
-            float32. To an intervention that tells prefill from decoding, pieces after the first are decoding.
+            are held at a time (but for `gdn.attention` and `gdn.attribution` the q, k and v of all tokens). The same
+            numbers to 1e-5 in float32. To an intervention that tells prefill from decoding, pieces after the first are
+            decoding.
         progress: show a progress bar over batches.
 
     Raises:
         WrongInput: unknown site, layer or positions; positions that a site does not have; no prompts; a prompt without
             tokens in the span or longer than the model's context; the model is in training mode; an intervention edits
-            states between tokens of which `gdn.attention` is wanted; `out` holds something else or another capture
-            (the message names the first difference).
+            states between tokens whose parts are wanted (`gdn.attention`, `gdn.attribution`); `out` holds something
+            else or another capture (the message names the first difference).
     """
     names = _sites(sites)
     plan = {name: resolve(model, name, layers.get(name) if isinstance(layers, Mapping) else layers) for name in names}

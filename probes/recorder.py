@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from probes.attribution import implicit_attention
+from probes.attribution import attribute_state, implicit_attention
 from probes.errors import WrongInput
 from probes.model import HybridModel, Layer
 from probes.recurrence import Recurrence, scan
@@ -32,7 +32,12 @@ from probes.sites import SITES
 from probes.taps import AttentionCall, GDNCall, Run, causal_pattern, tapped
 
 _BROUGHT = {"gdn.q": "q", "gdn.k": "k", "gdn.v": "v", "gdn.beta": "beta", "gdn.decay": "decay"}
-_TAPPED = {*_BROUGHT, "gdn.state", "gdn.attention", "attn.q", "attn.k", "attn.v", "attn.pattern"}
+# of all that tokens brought, at some tokens: [prompt n v_head source]
+_DERIVED: dict[str, Callable[[Recurrence, Tensor], Tensor]] = {
+    "gdn.attention": lambda x, at: implicit_attention(x, at).weights.transpose(1, 2),
+    "gdn.attribution": lambda x, at: attribute_state(x, at=at).shares,
+}
+_TAPPED = {*_BROUGHT, *_DERIVED, "gdn.state", "attn.q", "attn.k", "attn.v", "attn.pattern"}
 
 
 class _Enough(Exception):
@@ -142,9 +147,9 @@ class Recorder:
         self.first = self.width = 0  # of the forward that runs now: its first column in the batch, its columns
         self.done: dict[int, int] = {}  # columns that a tapped layer has been called with in this forward
         self.tails: dict[int, Tensor] = {}  # by GDN layer: what the convolution still sees of earlier forwards
-        self.joined: dict[int, list[GDNCall]] = {layer: [] for layer in plan.get("gdn.attention", ())}
+        self.joined: dict[int, list[GDNCall]] = {layer: [] for site in _DERIVED for layer in plan.get(site, ())}
         self.finals: dict[int, Tensor] = {}  # by the layers of `joined`: the state that the last call ended with
-        self.asked: list[tuple[int, int]] = []  # points of gdn.attention so far, as (row, column in the batch)
+        self.asked: dict[str, list[tuple[int, int]]] = {site: [] for site in _DERIVED}  # (row, column in the batch)
 
     @contextmanager
     def listening(self, *, all_layers: bool) -> Iterator[None]:
@@ -181,8 +186,9 @@ class Recorder:
         for (site, _), kept in self.kept.items():
             if len(points[site]):
                 kept.to_cpu()
-        chosen = points.get("gdn.attention", NO_POINTS)
-        self.asked += [(row, first + column) for row, column in zip(chosen.rows, chosen.columns, strict=True)]
+        for site, asked in self.asked.items():
+            chosen = points.get(site, NO_POINTS)
+            asked += [(row, first + column) for row, column in zip(chosen.rows, chosen.columns, strict=True)]
         return output
 
     def tensors(self, lengths: Sequence[int]) -> dict[str, Tensor]:
@@ -192,7 +198,7 @@ class Recorder:
         `lengths` are the rows' tokens, so those of this axis.
         """
         for layer in self.joined:
-            self._attend(layer)
+            self._derive(layer)
         result = {}
         for (site, layer), kept in self.kept.items():
             if "source" not in SITES[site].axes:
@@ -290,27 +296,29 @@ class Recorder:
         return outputs, final
 
     def _join(self, layer: int, call: GDNCall) -> None:
-        """Hold on to a call, for the weights of all tokens in the readouts of later ones."""
+        """Hold on to a call, for the parts of all tokens in what later ones find."""
         if layer not in self.joined:
             return
         before = self.finals.get(layer)
         if before is not None and (call.state is None or not torch.equal(before, call.state.to(before))):
+            names = " and ".join(f"'{site}'" for site in _DERIVED if layer in self.plan.get(site, ()))
             raise WrongInput(
-                f"site 'gdn.attention' needs all of a readout to come from tokens, but the state of "
+                f"site {names} needs all of a state to come from tokens, but that of "
                 f"{self.model.layers[layer]} was edited before token {self.first + self.done[layer] - call.tokens}"
             )
         self.joined[layer].append(call)
 
-    def _attend(self, layer: int) -> None:
-        calls, kept = self.joined[layer], self.kept["gdn.attention", layer]
+    def _derive(self, layer: int) -> None:
+        calls = self.joined[layer]
         q, k, v, beta, decay = (torch.cat([getattr(call, name) for call in calls], 1) for name in _BROUGHT.values())
         columns = torch.arange(q.shape[1], device=q.device)
         mask = (columns >= torch.tensor(self.offsets, device=q.device)[:, None]).long()
         x = Recurrence.of_kernel(q, k, v, beta=beta, decay=decay, mask=mask)
-        asked = sorted(self.asked)
-        points = Points(rows=[row for row, _ in asked], columns=[column for _, column in asked])
-        weights = implicit_attention(x, points.grid(len(q), q.device)).weights
-        kept.add(points.rows, points.of_grid(weights.transpose(1, 2)).cpu())
+        for site, derived in _DERIVED.items():
+            if (kept := self.kept.get((site, layer))) is not None:
+                asked = sorted(self.asked[site])
+                points = Points(rows=[row for row, _ in asked], columns=[column for _, column in asked])
+                kept.add(points.rows, points.of_grid(derived(x, points.grid(len(q), q.device))).cpu())
 
     def _attention(self, layer: int, call: AttentionCall, run: Run) -> tuple[Tensor, Any]:
         width = call.q.shape[2]

@@ -18,7 +18,8 @@ In an attention layer W is `o_proj`, and for each head, a key and value head ser
     pattern = softmax(q k^T / sqrt(d_head));  heads = pattern v * sigmoid(gate)        without a gate: pattern v
 
 `gdn.attention` says for a GDN layer what `attn.pattern` says for attention: `readout = gdn.attention v`, exactly, as
-long as a sequence starts from an empty state.
+long as a sequence starts from an empty state. `gdn.attribution` says where the state itself came from: with C_s what is
+left of the write of token s, it is `<C_s, S> / |S|^2`, which adds up to 1 over the sources.
 
 Layers count from 0, and `resid` at layer i is the stream *after* layer i. Negative numbers are refused: in a library
 whose embeddings come before layer 0, -1 has two readings.
@@ -129,6 +130,10 @@ _ALL = (
         doc="exact weights of the values in the readout, decay and erasure included; of either sign, float32",
     ),
     Site(
+        name="gdn.attribution", axes=("prompt", "token", "v_head", "source"), kind=_GDN, sums_up=True,
+        doc="exact share of each source in the state after the token, |S|^2 being 1; of either sign, float32",
+    ),
+    Site(
         name="attn.q", axes=("prompt", "token", "head", "d_head"), kind=_ATTENTION,
         doc="queries as they meet keys, after norm and rotation",
     ),
@@ -179,7 +184,7 @@ def positions_at(site_name: str, positions: Any) -> Any:
     """What a capture's `positions` mean at one site: its own entry of a mapping, or what was said for all sites.
 
     Said for all sites, "all" and "mean:..." keep the other sites' tokens and the last value of a site that sums up its
-    tokens (`gdn.state`, `gdn.conv`).
+    tokens (`gdn.state`, `gdn.conv`, `gdn.attribution`).
     """
     if isinstance(positions, Mapping):
         return positions.get(site_name, "last")

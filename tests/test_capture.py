@@ -274,7 +274,7 @@ def test_layers_after_the_last_one_asked_for_do_not_run(tiny, prompts):
         capture(tiny, prompts, layers=[0, 2], progress=False)
         assert sorted(set(ran)) == [0, 1, 2]
         ran.clear()
-        for site in ("gdn.state", "gdn.conv", "gdn.attention"):
+        for site in ("gdn.state", "gdn.conv", "gdn.attention", "gdn.attribution"):
             capture(tiny, prompts, sites=(site,), layers=[0], progress=False)
         capture(tiny, prompts, sites=("resid",), layers=[0], chunk_tokens=20, progress=False)
         assert sorted(set(ran)) == [0]

@@ -128,6 +128,31 @@ def test_implicit_attention_times_values_is_the_readout(tiny, prompts):
             close(few["gdn.attention", layer][i], weights[prompt.spans["direction"][1] - 1])
 
 
+def test_attribution_is_what_is_left_of_each_write_in_the_state(tiny, prompts):
+    prompts = [cut(prompt, 24) for prompt in prompts[:3]]  # left-padded, one is shorter
+    indices = [[0, 9, -1], [5, 6, 22], [1, 2, 3]]
+    got = take(tiny, prompts, "gdn.attribution", positions=indices, batch_tokens=60)
+    assert got.axes("gdn.attribution") == ("prompt", "token", "v_head", "source")
+    for i, prompt in enumerate(prompts):
+        with torch.no_grad():
+            hidden = tiny.hf(input_ids=torch.tensor([prompt.ids]), output_hidden_states=True).hidden_states
+        for layer in INSIDE["gdn.attribution"]:
+            brought = scanned(tiny, layer, hidden[layer][0])
+            k, v, beta = brought["gdn.k"].repeat_interleave(2, 1), brought["gdn.v"], brought["gdn.beta"]
+            k = k / (k.square().sum(-1, keepdim=True) + 1e-6).sqrt()
+            left = torch.zeros_like(brought["gdn.state"])  # of each token's write
+            for t in range(len(prompt)):
+                left *= brought["gdn.decay"][t].exp()[:, None, None]
+                left -= torch.einsum("hk,hl,shlv->shkv", beta[t, :, None] * k[t], k[t], left)
+                left[t] = torch.einsum("hk,hv->hkv", k[t], beta[t, :, None] * v[t])
+                if t in (chosen := [index % len(prompt) for index in indices[i]]):
+                    state = brought["gdn.state"][t]
+                    share = (left * state).sum((-2, -1)) / state.square().sum((-2, -1))
+                    seen = got["gdn.attribution", layer][i][chosen.index(t)]
+                    close(seen, share.T)
+                    close(seen.sum(1), torch.ones(4))
+
+
 def test_states_are_the_last_states_of_shorter_prompts(tiny, prompts):
     indices = [[1, len(prompt) // 3, len(prompt) - 2] for prompt in prompts]
     got = take(tiny, prompts, "gdn.state", "gdn.conv", positions=indices)
@@ -376,8 +401,9 @@ def test_an_edit_of_a_state_is_heard(tiny, prompts):
     plain = take(tiny, prompts, *where, "gdn.k", positions=where)
     with split(tiny, 5, push=1.0):
         got = take(tiny, prompts, *where, "gdn.k", positions=where)
-        with pytest.raises(WrongInput, match=r"the state of layer 5 \(gdn\) was edited before token"):
-            take(tiny, prompts, "gdn.attention")
+        for site in ("gdn.attention", "gdn.attribution"):
+            with pytest.raises(WrongInput, match=rf"site '{site}' needs .* that of layer 5 \(gdn\) was edited before"):
+                take(tiny, prompts, site)
     assert_same_layer(got, plain, "gdn.state", 0)
     k = plain["gdn.k", 5].repeat_interleave(2, 1)
     k = k / (k.square().sum(-1, keepdim=True) + 1e-6).sqrt()
