@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
@@ -34,7 +34,7 @@ from analysis.attention import ShareRow
 from analysis.states import Change, Moved, MovedRow, flat, signed
 from probes.errors import WrongInput
 from probes.stats import Estimate
-from probes.store import read_json, write_json
+from probes.store import read_result, write_json
 
 Conclusion = Literal["direction-shaped", "no", "not shown"]
 Sense = Literal["toward", "away", "neither"]
@@ -144,12 +144,8 @@ class Shift:
         persona = f"{'the personas themselves':<32} {signed(self.persona)} nats"
         return "\n".join([numbers, str(self.moved), persona, *map(str, self.claims)])
 
-    def as_dict(self) -> dict[str, Any]:
-        """Fields as they are written to shift.json."""
-        return {f.name: getattr(self, f.name) for f in fields(self)}
-
     def save(self, path: str | Path) -> Path:
-        write_json(path, self.as_dict())
+        write_json(path, self)
         return Path(path)
 
     def __str__(self) -> str:
@@ -162,9 +158,7 @@ def open_shift(path: str | Path) -> Shift:
     Raises:
         WrongInput: it is missing or something else.
     """
-    file = Path(path)
-    file = file / "shift.json" if file.is_dir() else file
-    data = read_json(file)
+    data = read_result(path, "shift.json")
     try:
         moved = data["moved"]
         rows = {
@@ -176,7 +170,7 @@ def open_shift(path: str | Path) -> Shift:
         }
         return Shift(**{**data, **_read(data, ("behavior_change", "persona")), **rows})
     except (KeyError, TypeError, AttributeError) as error:
-        raise WrongInput(f"{file.name} is not a shift: {error}") from error
+        raise WrongInput(f"{path} is not a shift: {error}") from error
 
 
 _NUMBERS = {"cosine", "size", "gap", "reliability", "bar"}

@@ -36,7 +36,28 @@ Dtype = Annotated[str, tyro.conf.arg(help="auto (what the checkpoint says), floa
 
 
 @dataclass(frozen=True, kw_only=True)
-class Verify:
+class _Asked:
+    """A behaviour and the model that is asked about it."""
+
+    behavior: BehaviorName
+    """A shipped behaviour (see `dispositions behaviors`) or a JSONL file of contrast pairs."""
+    model: str = "organism"
+    """organism, organism-state, organism-attention, a local folder, a .gguf file or a hub id."""
+    device: Device = "cpu"
+    dtype: Dtype = "auto"
+
+    def load(self) -> tuple[HybridModel, Behavior]:
+        behavior = read_behavior(self.behavior)
+        model = load(self.model, device=self.device, dtype=self.dtype)
+        check_vocabulary(model, behavior)
+        return model, behavior
+
+    def folder(self, out: Path | None, before: str, behavior: Behavior, after: str = "") -> Path:
+        return out or Path("runs") / f"{before}{_slug(behavior.name)}-{_model_slug(self.model)}{after}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verify(_Asked):
     """Judge whether a behaviour's direction causes the behaviour.
 
     Extracts the direction on some topics, judges it on others, and writes verdict.json, direction.safetensors and
@@ -49,27 +70,15 @@ class Verify:
     dispositions verify my.jsonl --model ./my-qwen3.5 --layers 8,12,16 --out runs/mine
     """
 
-    behavior: BehaviorName
-    """A shipped behaviour (see `dispositions behaviors`) or a JSONL file of contrast pairs."""
-    model: str = "organism"
-    """organism, organism-state, organism-attention, a local folder, a .gguf file or a hub id."""
     out: Path | None = None
     """Folder of the run; runs/BEHAVIOR-MODEL when not given. A finished run of the same recipe is not repeated."""
-    device: Device = "cpu"
-    dtype: Dtype = "auto"
     gate: GateConfig = field(default_factory=GateConfig)
 
     def run(self) -> int:
-        behavior = read_behavior(self.behavior)
-        model = load(self.model, device=self.device, dtype=self.dtype)
-        check_vocabulary(model, behavior)
-        out = self.out or Path("runs") / f"{_slug(behavior.name)}-{_model_slug(self.model)}"
+        model, behavior = self.load()
+        out = self.folder(self.out, "", behavior)
         asked = {"kind": "verify", **recipe(model, behavior, self.gate)}
-        finished = _claim(out, asked, "verdict.json") and (out / "verdict.json").is_file()
-        print(model)
-        print(behavior)
-        if finished:
-            print(f"{out} holds this verdict already")
+        if _finished(out, asked, "verdict.json", model, behavior):
             verdict = open_verdict(out)
         else:
             verdict = verify(model, behavior, self.gate)
@@ -81,7 +90,7 @@ class Verify:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Localize:
+class Localize(_Asked):
     """Tell which carries a behaviour: the residual stream, the recurrent state, or the attention.
 
     Exchanges what the two personas left in the states, the convolutions, and the keys and values, layer by layer, and
@@ -93,28 +102,16 @@ class Localize:
     dispositions localize sentiment --model organism-attention --out runs/where
     """
 
-    behavior: BehaviorName
-    """A shipped behaviour (see `dispositions behaviors`) or a JSONL file of contrast pairs."""
-    model: str = "organism"
-    """organism, organism-state, organism-attention, a local folder, a .gguf file or a hub id."""
     out: Path | None = None
     """Folder of the run; runs/localize-BEHAVIOR-MODEL when not given. A finished run of the same recipe is not
     repeated."""
-    device: Device = "cpu"
-    dtype: Dtype = "auto"
     config: LocalizeConfig = field(default_factory=LocalizeConfig)
 
     def run(self) -> int:
-        behavior = read_behavior(self.behavior)
-        model = load(self.model, device=self.device, dtype=self.dtype)
-        check_vocabulary(model, behavior)
-        out = self.out or Path("runs") / f"localize-{_slug(behavior.name)}-{_model_slug(self.model)}"
+        model, behavior = self.load()
+        out = self.folder(self.out, "localize-", behavior)
         asked = {"kind": "localize", **localize_recipe(model, behavior, self.config)}
-        finished = _claim(out, asked, "localization.json") and (out / "localization.json").is_file()
-        print(model)
-        print(behavior)
-        if finished:
-            print(f"{out} holds this localization already")
+        if _finished(out, asked, "localization.json", model, behavior):
             found = open_localization(out)
         else:
             found = localize(model, behavior, self.config)
@@ -155,10 +152,7 @@ class Compare:
         models = f"{_model_slug(self.before)}-{_model_slug(self.after)}"
         out = self.out or Path("runs") / f"compare-{_slug(behavior.name)}-{models}"
         asked = compare_recipe(before, after, behavior, self.config)
-        finished = _claim(out, asked, "shift.json") and (out / "shift.json").is_file()
-        print(before, after, behavior, sep="\n")
-        if finished:
-            print(f"{out} holds this comparison already")
+        if _finished(out, asked, "shift.json", before, after, behavior):
             shift = open_shift(out)
         else:
             shift = compare(before, after, behavior, self.config)
@@ -167,7 +161,7 @@ class Compare:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Probe:
+class Probe(_Asked):
     """Tell at which layers and heads wanted and unwanted can be told apart by a linear probe.
 
     Logistic regression on the two sides of a behaviour, scored on topics it was not fitted on, against the same probe
@@ -177,10 +171,6 @@ class Probe:
     dispositions probe follow-direction --site gdn.state
     """
 
-    behavior: BehaviorName
-    """A shipped behaviour (see `dispositions behaviors`) or a JSONL file of contrast pairs."""
-    model: str = "organism"
-    """organism, organism-state, organism-attention, a local folder, a .gguf file or a hub id."""
     site: str = "gdn.state"
     """Any site of `dispositions capture` that has one shape for all prompts."""
     layers: tuple[int, ...] | None = None
@@ -189,19 +179,15 @@ class Probe:
     """At most this many contrast pairs, spread over the topics."""
     out: Path | None = None
     """Folder; runs/probe-BEHAVIOR-MODEL-SITE when not given."""
-    device: Device = "cpu"
-    dtype: Dtype = "auto"
     config: ProbeConfig = field(default_factory=ProbeConfig)
 
     def run(self) -> int:
-        behavior = read_behavior(self.behavior).take(self.prompts, seed=self.config.seed)
-        model = load(self.model, device=self.device, dtype=self.dtype)
-        check_vocabulary(model, behavior)
-        out = self.out or Path("runs") / f"probe-{_slug(behavior.name)}-{_model_slug(self.model)}-{_slug(self.site)}"
+        model, behavior = self.load()
+        behavior = behavior.take(self.prompts, seed=self.config.seed)
+        out = self.folder(self.out, "probe-", behavior, f"-{_slug(self.site)}")
         asked = {
-            "kind": "probe", "behavior": behavior.name, "behavior_hash": behavior.hash, "model": model.name,
-            "weights_hash": model.weights_hash, "site": self.site, "layers": self.layers, "prompts": self.prompts,
-            "config": asdict(self.config),
+            "kind": "probe", "behavior": behavior.name, "behavior_hash": behavior.hash, **model.identity,
+            "site": self.site, "layers": self.layers, "prompts": self.prompts, "config": asdict(self.config),
         }  # fmt: skip
         _claim(out, asked, "probes.csv")
         pairs = contrast(model, behavior, site=self.site, layers=self.layers)
@@ -218,7 +204,7 @@ class Probe:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Capture:
+class Capture(_Asked):
     """Record what happens inside a model on a behaviour's prompts, to a folder of safetensors.
 
     Resumes where an interrupted capture stopped. Read it back with probes.store.open_capture(folder).
@@ -230,10 +216,6 @@ class Capture:
     dispositions capture follow-direction --sites resid --positions generated --new-tokens 16
     """
 
-    behavior: BehaviorName
-    """A shipped behaviour or a JSONL file; its prompts are captured up to the point where the model answers."""
-    model: str = "organism"
-    """organism, organism-state, organism-attention, a local folder, a .gguf file or a hub id."""
     sites: tuple[str, ...] = ("resid",)
     """resid, mixer, mlp; in GDN layers gdn.q, gdn.k, gdn.v, gdn.beta, gdn.decay, gdn.gate, gdn.readout, gdn.heads,
     gdn.state, gdn.conv, gdn.attention, gdn.attribution; in attention layers attn.q, attn.k, attn.v, attn.gate,
@@ -249,17 +231,13 @@ class Capture:
     """Put the system turn of one side in front: none, wanted or unwanted."""
     out: Path | None = None
     """Folder; runs/capture-BEHAVIOR-MODEL when not given."""
-    device: Device = "cpu"
-    dtype: Dtype = "auto"
 
     def run(self) -> int:
         if self.persona not in ("none", "wanted", "unwanted"):
             raise WrongInput(f"unknown persona '{self.persona}'; allowed are none, wanted, unwanted")
-        behavior = read_behavior(self.behavior)
-        model = load(self.model, device=self.device, dtype=self.dtype)
-        check_vocabulary(model, behavior)
+        model, behavior = self.load()
         prompts = _prompts(model, behavior, self.persona)
-        out = self.out or Path("runs") / f"capture-{_slug(behavior.name)}-{_model_slug(self.model)}"
+        out = self.folder(self.out, "capture-", behavior)
         record = capture(
             model, prompts, sites=self.sites, layers=self.layers, positions=_positions(self.positions, self.sites),
             new_tokens=self.new_tokens, out=out,
@@ -299,15 +277,16 @@ class Report:
     """A run folder, such as runs/demo."""
 
     def run(self) -> int:
-        if (self.run_folder / "localization.json").is_file():
-            found = open_localization(self.run_folder)
-            return _show(found, write_localization_report(found, self.run_folder / "report.html"))
-        if (self.run_folder / "shift.json").is_file():
-            shift = open_shift(self.run_folder)
-            return _show(shift, write_shift_report(shift, self.run_folder / "report.html"))
+        folder = self.run_folder.parent if self.run_folder.is_file() else self.run_folder
+        page = folder / "report.html"
+        if (folder / "localization.json").is_file():
+            found = open_localization(folder)
+            return _show(found, write_localization_report(found, page))
+        if (folder / "shift.json").is_file():
+            shift = open_shift(folder)
+            return _show(shift, write_shift_report(shift, page))
         verdict = open_verdict(self.run_folder)
-        folder = self.run_folder if self.run_folder.is_dir() else self.run_folder.parent
-        return _say(verdict, write_report(verdict, folder / "report.html"))
+        return _say(verdict, write_report(verdict, page))
 
 
 def _show(found: Localization | Shift, report: Path) -> int:
@@ -339,6 +318,15 @@ def _positions(words: tuple[str, ...], sites: tuple[str, ...]) -> str | dict[str
         raise WrongInput(f"positions are one word, and SITE=WORD once for a site; saw {' '.join(words)}")
     everywhere = rest[0] if rest else "last"
     return {site: positions_at(site, everywhere) for site in sites} | by_site if by_site else everywhere
+
+
+def _finished(out: Path, asked: dict, result: str, *subjects: object) -> bool:
+    """Claim the run folder, say what is asked about, and tell whether the result is there already."""
+    finished = _claim(out, asked, result) and (out / result).is_file()
+    print(*subjects, sep="\n")
+    if finished:
+        print(f"{out} holds this result already")
+    return finished
 
 
 def _claim(out: Path, asked: dict, result: str) -> bool:

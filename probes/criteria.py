@@ -17,7 +17,7 @@ import pandas as pd
 
 from probes.directions import Direction
 from probes.errors import WrongInput
-from probes.store import read_json, write_json
+from probes.store import read_result, write_json
 
 Status = Literal["pass", "fail", "inconclusive", "reported"]
 Outcome = Literal["PASS", "FAIL", "INCONCLUSIVE"]
@@ -179,16 +179,12 @@ def open_verdict(path: str | Path) -> Verdict:
     Raises:
         WrongInput: it is missing or not a verdict.
     """
-    file = Path(path)
-    file = file / "verdict.json" if file.is_dir() else file
-    if not file.is_file():
-        raise WrongInput(f"no verdict at '{path}': expected a run folder with verdict.json")
-    data = read_json(file)
+    data = read_result(path, "verdict.json")
     try:
         criteria = tuple(Criterion(**{**c, "observed": _number(c["observed"])}) for c in data.pop("criteria"))
         return Verdict(criteria=criteria, **data)
     except (KeyError, TypeError, AttributeError) as error:
-        raise WrongInput(f"{file.name} is not a verdict: {error}") from error
+        raise WrongInput(f"{path} is not a verdict: {error}") from error
 
 
 def _number(value: float | None) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +14,7 @@ from probes.directions import heads_in_words
 from probes.errors import WrongInput
 from probes.prefixes import Channel
 from probes.stats import Estimate
-from probes.store import read_json, write_json
+from probes.store import read_result, write_json
 
 SITES: dict[str, str] = {"resid": "residual stream", "gdn.state": "GDN state", "attn.heads": "attention heads"}
 CHANNEL_NAMES: dict[str, str] = {"state": "GDN state", "convolution": "GDN convolution", "attention": "keys and values"}
@@ -103,12 +103,8 @@ class Localization:
         """The rows as text."""
         return "\n".join([HEADER.rstrip(), *map(str, self.rows)])
 
-    def as_dict(self) -> dict[str, Any]:
-        """Fields as they are written to localization.json."""
-        return {f.name: getattr(self, f.name) for f in fields(self)}
-
     def save(self, path: str | Path) -> Path:
-        write_json(path, self.as_dict())
+        write_json(path, self)
         return Path(path)
 
     def __str__(self) -> str:
@@ -128,14 +124,12 @@ def open_localization(path: str | Path) -> Localization:
     Raises:
         WrongInput: it is missing or something else.
     """
-    file = Path(path)
-    file = file / "localization.json" if file.is_dir() else file
-    data = read_json(file)
+    data = read_result(path, "localization.json")
     try:
         rows, persona = [_row(row) for row in data.pop("rows")], data.pop("persona")
         return Localization(rows=tuple(rows), persona=Estimate(**persona) if persona else None, **data)
     except (KeyError, TypeError, AttributeError) as error:
-        raise WrongInput(f"{file.name} is not a localization: {error}") from error
+        raise WrongInput(f"{path} is not a localization: {error}") from error
 
 
 def _row(found: dict[str, Any]) -> Row:

@@ -133,6 +133,18 @@ def read_json(path: str | Path) -> Any:
         raise WrongInput(f"{path} is not JSON: {error}") from error
 
 
+def read_result(path: str | Path, name: str) -> Any:
+    """Read the JSON of a run's result, such as `verdict.json`, from the file or its folder.
+
+    Raises:
+        WrongInput: there is no such file, or it is not JSON.
+    """
+    file = Path(path) / name if Path(path).is_dir() else Path(path)
+    if not file.is_file():
+        raise WrongInput(f"no {Path(name).stem} at '{path}': expected a run folder with {name}")
+    return read_json(file)
+
+
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
     """All tensors of a safetensors file, memory-mapped.
 

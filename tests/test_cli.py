@@ -48,7 +48,7 @@ def test_a_finished_run_is_read_back_not_repeated(finished, capsys):
     before = (finished / "verdict.json").stat().st_mtime_ns
     code, out, _ = run(capsys, "verify", "sentiment", "--out", finished, *QUICK)
     assert code == 3
-    assert "holds this verdict already" in out
+    assert "holds this result already" in out
     assert (finished / "verdict.json").stat().st_mtime_ns == before
 
 
@@ -164,7 +164,7 @@ def test_localize_names_the_carrier_and_leaves_a_page(tmp_path, capsys):
     first = (out / "report.html").read_text()
     code, said, _ = run(capsys, *quick)
     assert code == 0
-    assert f"{out} holds this localization already" in said
+    assert f"{out} holds this result already" in said
     assert (out / "report.html").read_text() == first
     code, _, err = run(capsys, *quick, "--seed", "1")
     assert code == 2
