@@ -5,16 +5,13 @@ from __future__ import annotations
 import html
 import math
 import re
-import shutil
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from pages import HOSTILE, Page, browse, needs_browser
 from test_figures import trace, words_of
-from test_localization_page import browse
-from test_report import Page
-from test_verdicts import HOSTILE
 
 from analysis import figures
 from analysis.figures.parts import DIVERGING, NEGATIVE, POSITIVE
@@ -279,7 +276,7 @@ def test_hostile_text_is_escaped():
         assert "<img" not in figure.to_json().replace("\\u003c", "<"), name
 
 
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
+@needs_browser
 def test_a_browser_draws_every_figure_without_complaint(tmp_path):
     drawn = hostile()
     text = drawn.pop("text")

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import math
 import re
-import shutil
-import subprocess
 from dataclasses import fields, replace
 from functools import cache
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import pytest
+from pages import (
+    HOSTILE,
+    Page,
+    assert_browser_draws,
+    assert_can_be_read_by_machines,
+    assert_draws,
+    assert_loads_nothing,
+    assert_shown_and_not_obeyed,
+    needs_browser,
+)
 from test_figures import trace, words_of
-from test_report import Page
-from test_verdicts import HOSTILE
 
 from analysis import figures
 from analysis.figures.localization import counts, layer_kinds
@@ -93,7 +98,7 @@ SAMPLES = {
     "no personas": without_personas,
     "gaps": with_gaps,
     "hostile": lambda: replace(
-        complete(), behavior=HOSTILE, model=HOSTILE, sentence=HOSTILE, recipe={"model": HOSTILE}
+        complete(), behavior=HOSTILE, model=HOSTILE, sentence=HOSTILE, recipe={**complete().recipe, "model": HOSTILE}
     ),
     "bare": lambda: replace(complete(), rows=(), persona=None, recipe={}, carrier="not shown"),
 }
@@ -243,29 +248,14 @@ def test_percentages_and_nats_read_well():
 
 
 @pytest.mark.parametrize("name", SAMPLES)
-def test_page_refers_to_nothing_outside_itself_and_can_be_read_by_machines(name):
-    html, page = html_of(name), page_of(name)
-    references = [value for _, attrs in page.tags for key, value in attrs.items() if key in ("src", "href", "action")]
-    assert [value for value in references if not (value or "").startswith("#")] == []
-    assert not {"link", "base", "iframe", "object", "embed", "img"} & {tag for tag, _ in page.tags}
-    policy = next(attrs["content"] for _, attrs in page.tags if attrs.get("http-equiv") == "Content-Security-Policy")
-    assert policy is not None
-    assert policy.startswith("default-src 'none';")
-    assert not re.search(r"https?:|\*", policy)
-    headings = [int(tag[1]) for tag, _ in page.tags if re.fullmatch("h[1-6]", tag)]
-    assert headings.count(1) == 1
-    assert all(after <= before + 1 for before, after in pairwise(headings))
-    ids = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
-    assert len(ids) == len(set(ids))
-    assert {str(attrs["href"])[1:] for tag, attrs in page.tags if tag == "a"} <= set(ids)
-    assert html.count(figures.plotly_script()) == 1
+def test_page_stands_by_itself_and_can_be_read_by_machines(name):
+    assert_loads_nothing(page_of(name))
+    assert_can_be_read_by_machines(page_of(name))
+    assert_draws(html_of(name), len(NAMES))
 
 
 def test_hostile_text_is_shown_and_not_obeyed():
-    harmless, page = page_of("complete"), page_of("hostile")
-    assert page.scripts == harmless.scripts
-    assert page.words.count(HOSTILE) >= 4
-    assert all("onerror" not in attrs for _, attrs in page.tags)
+    assert_shown_and_not_obeyed(page_of("hostile"), page_of("complete"), times=4)
 
 
 @pytest.mark.parametrize("name", ["complete", "no personas"])
@@ -286,24 +276,7 @@ def test_a_real_localization_has_the_form_of_the_samples(organism, tmp_path):
     assert all(r.where in page.cells for r in found.rows)
 
 
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
+@needs_browser
 def test_a_browser_draws_every_figure_without_a_network(tmp_path):
-    path = write_localization_report(SAMPLES["hostile"](), tmp_path / "localization.html")
-    dom, console = browse(path, tmp_path)
-    assert re.findall(r'<div id="([a-z-]+)" class="[^"]*js-plotly-plot', dom) == NAMES
-    assert dom.count('class="main-svg"') >= len(NAMES)
-    assert "<title>owned" not in dom
-    assert "Content Security Policy" not in console
-    assert "CONSOLE" not in console
-
-
-def browse(path: Any, folder: Any) -> tuple[str, str]:
-    """A page after its scripts ran, without them, and what the browser wrote."""
-    command = [
-        "chromium", "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
-        "--disable-component-update", "--disable-sync", "--host-resolver-rules=MAP * ~NOTFOUND",
-        "--enable-logging=stderr", f"--user-data-dir={folder / 'profile'}", "--virtual-time-budget=10000", "--dump-dom",
-        path.as_uri(),
-    ]  # fmt: skip
-    result = subprocess.run(command, capture_output=True, text=True, timeout=180, check=True)
-    return re.sub(r"<script.*?</script>", "", result.stdout, flags=re.DOTALL), result.stderr
+    path = write_localization_report(SAMPLES["hostile"](), tmp_path / "report.html")
+    assert_browser_draws(path, tmp_path, NAMES)

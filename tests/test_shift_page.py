@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import math
 import re
-import shutil
 from dataclasses import fields, replace
 from functools import cache
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import pytest
+from pages import (
+    HOSTILE,
+    Page,
+    assert_browser_draws,
+    assert_can_be_read_by_machines,
+    assert_draws,
+    assert_loads_nothing,
+    assert_shown_and_not_obeyed,
+    needs_browser,
+)
 from test_figures import trace, words_of
-from test_localization_page import browse
-from test_report import Page
-from test_verdicts import HOSTILE
 
 from analysis import figures
 from analysis.alignment import NULLS, AlignedRow
@@ -147,7 +152,7 @@ def hostile() -> Shift:
     claims = [replace(claim, name=HOSTILE, unit=HOSTILE, against=HOSTILE) for claim in whole.claims]
     return replace(
         whole, behavior=HOSTILE, before=HOSTILE, after=HOSTILE, sentence=HOSTILE, claims=tuple(claims),
-        recipe={"model": HOSTILE},
+        recipe={**whole.recipe, "before": {"model": HOSTILE, "weights_hash": HOSTILE}},
     )  # fmt: skip
 
 
@@ -362,28 +367,14 @@ def test_a_shift_without_any_row_still_gives_a_page():
 
 
 @pytest.mark.parametrize("name", SAMPLES)
-def test_page_refers_to_nothing_outside_itself_and_can_be_read_by_machines(name):
-    html, page = html_of(name), page_of(name)
-    references = [value for _, attrs in page.tags for key, value in attrs.items() if key in ("src", "href", "action")]
-    assert [value for value in references if not (value or "").startswith("#")] == []
-    assert not {"link", "base", "iframe", "object", "embed", "img"} & {tag for tag, _ in page.tags}
-    policy = next(attrs["content"] for _, attrs in page.tags if attrs.get("http-equiv") == "Content-Security-Policy")
-    assert policy is not None
-    assert policy.startswith("default-src 'none';")
-    headings = [int(tag[1]) for tag, _ in page.tags if re.fullmatch("h[1-6]", tag)]
-    assert headings.count(1) == 1
-    assert all(after <= before + 1 for before, after in pairwise(headings))
-    ids = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
-    assert len(ids) == len(set(ids))
-    assert {str(attrs["href"])[1:] for tag, attrs in page.tags if tag == "a"} <= set(ids)
-    assert html.count(figures.plotly_script()) == 1
+def test_page_stands_by_itself_and_can_be_read_by_machines(name):
+    assert_loads_nothing(page_of(name))
+    assert_can_be_read_by_machines(page_of(name))
+    assert_draws(html_of(name), len(FIGURES))
 
 
 def test_hostile_text_is_shown_and_not_obeyed():
-    harmless, page = page_of("complete"), page_of("hostile")
-    assert page.scripts == harmless.scripts
-    assert page.words.count(HOSTILE) >= 8
-    assert all("onerror" not in attrs for _, attrs in page.tags)
+    assert_shown_and_not_obeyed(page_of("hostile"), page_of("complete"), times=8)
 
 
 @pytest.mark.parametrize("name", ["complete", "no GDN", "gaps"])
@@ -413,12 +404,7 @@ def test_a_checkpoint_compared_with_itself_gives_a_page_of_zeros(organism, tmp_p
     assert layer_kinds(found) == {3: "attention", 4: "gdn"}
 
 
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
+@needs_browser
 def test_a_browser_draws_every_figure_without_a_network(tmp_path):
-    path = write_shift_report(SAMPLES["hostile"](), tmp_path / "shift.html")
-    dom, console = browse(path, tmp_path)
-    assert re.findall(r'<div id="([a-z-]+)" class="[^"]*js-plotly-plot', dom) == FIGURES
-    assert dom.count('class="main-svg"') >= len(FIGURES)
-    assert "<title>owned" not in dom
-    assert "Content Security Policy" not in console
-    assert "CONSOLE" not in console
+    path = write_shift_report(SAMPLES["hostile"](), tmp_path / "report.html")
+    assert_browser_draws(path, tmp_path, FIGURES)

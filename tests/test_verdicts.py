@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from pages import HOSTILE
 
 from probes import stats
 from probes.behaviors import read_behavior
@@ -19,7 +20,6 @@ from probes.criteria import GateCriteria, Verdict, decide
 from probes.evidence import judge, sentence
 from probes.verify import GateConfig, verify
 
-HOSTILE = "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"
 TOPICS = ("bridges", "boats", "fences", "lamps", "pipes", "towers", "walls", "wheels")
 DOSES = (-1.0, -0.75, -0.5, -0.25, 0.0, 0.25, 0.5, 0.75, 1.0)
 NAMES = (
