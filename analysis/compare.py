@@ -26,14 +26,14 @@ from analysis.alignment import AlignedRow, Thresholds, align, check_pair, cosine
 from analysis.attention import Means, ShareRow, Spans, control_spans, mean_excess, share_rows, span_shares
 from analysis.shift import SITE_NAMES, Claim, ProbeRow, Shift, conclude
 from analysis.states import Change, Topics, compare_captures
-from probes.behaviors import Behavior, Side, check_vocabulary
+from probes.behaviors import Behavior, check_vocabulary
 from probes.capture import RECURRENCE, Capture, capture, prompts_hash
-from probes.directions import Pairs, mean_difference
+from probes.directions import Pairs, contrast, contrasts, mean_difference
 from probes.errors import WrongInput
 from probes.linear import ProbeConfig, ProbeResult, cells, probe_all
 from probes.model import HybridModel
 from probes.propensity import prepare, propensity
-from probes.sites import resolve, site
+from probes.sites import having
 from probes.stats import Estimate, derived_seed
 from probes.store import library_versions
 
@@ -151,8 +151,7 @@ class _Work:
         self.judged = held.take(config.prompts, seed=config.seed)
         self.prompts = [item.prompt(before) for item in self.judged.items]
         self.topics = self.topics_of(self.judged)
-        resolve(before, "resid", config.layers)
-        self.layers = {name: layers for name in SITE_NAMES if (layers := self.layers_of(name))}
+        self.layers = {name: layers for name in SITE_NAMES if (layers := having(before, name, config.layers))}
         self.judged_site = next(iter(self.layers))
         if before.of_kind("gdn") and "gdn.state" not in self.layers:
             chosen = ", ".join(map(str, config.layers or ()))
@@ -161,10 +160,6 @@ class _Work:
             )
         self.same = before.weights_hash == after.weights_hash
         self.bar = tqdm(total=6 + (0 if self.same else config.updates), desc="compare", disable=not progress)
-
-    def layers_of(self, name: str) -> tuple[int, ...]:
-        chosen = self.config.layers
-        return tuple(i for i in site(name).layers(self.before) if chosen is None or i in chosen)
 
     def topics_of(self, behavior: Behavior) -> Topics:
         groups = [item.group for item in behavior.items]
@@ -180,7 +175,7 @@ class _Work:
             seed=config.seed,
         )  # fmt: skip
         self.step("directions")
-        pairs = self.contrasts(self.before, self.fit, self.layers)
+        pairs = contrasts(self.before, self.fit, self.layers, progress=False)
         found = control_spans(self.prompts, count=config.spans, seed=config.seed)
         aligned, redrawn_shares = self.alignment(records, pairs, found)
         judged = [row for row in aligned if row.site == self.judged_site]
@@ -225,24 +220,6 @@ class _Work:
             layers["attn.pattern"] = attention
         sites = tuple(layers)
         return capture(model, self.prompts, sites=sites, layers=layers, positions=positions, progress=False)
-
-    def contrasts(
-        self, model: HybridModel, behavior: Behavior, layers: Mapping[str, Sequence[int]]
-    ) -> dict[str, dict[int, Pairs]]:
-        """Both personas at several sites, as `probes.directions.contrast` has them for one, from a single pass."""
-        sides: tuple[Side, ...] = ("wanted", "unwanted")
-        prompts = [item.prompt(model, persona=side) for side in sides for item in behavior.items]
-        record = capture(model, prompts, sites=tuple(layers), layers=layers, progress=False)
-        n, groups = len(behavior.items), tuple(item.group for item in behavior.items)
-        result: dict[str, dict[int, Pairs]] = {name: {} for name in layers}
-        for name, layer in ((name, layer) for name, chosen in layers.items() for layer in chosen):
-            both = record[name, layer].float()
-            flat = both.flatten(1)
-            result[name][layer] = Pairs(
-                layer=layer, wanted=flat[:n], unwanted=flat[n:], groups=groups, behavior=behavior.name,
-                contrast="persona", site=name, shape=tuple(both.shape[1:]),
-            )  # fmt: skip
-        return result
 
     def subspace(self, record: Capture) -> int:
         if "gdn.state" not in self.layers:
@@ -302,7 +279,7 @@ class _Work:
         found = []
         for model in (self.before,) if self.same else (self.before, self.after):
             self.step("probes")
-            pairs = self.contrasts(model, sample, {name: self.layers[name]})[name]
+            pairs = contrast(model, sample, site=name, layers=self.layers[name], progress=False)
             groups = [item.group for item in sample.items]
             options = ProbeConfig(shuffles=config.shuffles, confidence=config.confidence, seed=config.seed)
             asked = cells(pairs, heads=config.heads)
@@ -370,15 +347,10 @@ def recipe(
     before: HybridModel, after: HybridModel, behavior: Behavior, config: CompareConfig, prompts: str | None = None
 ) -> dict[str, Any]:
     """Everything that determines a shift's numbers; `prompts` is the hash of those that were judged."""
-    sides = {
-        name: {"model": model.name, "weights_hash": model.weights_hash}
-        for name, model in (("before", before), ("after", after))
-    }
     return {
         "kind": "shift",
-        **sides,
-        "dtype": str(before.dtype).removeprefix("torch."),
-        "device": before.device.type,
+        "before": before.identity,
+        "after": after.identity,
         "behavior": behavior.name,
         "behavior_hash": behavior.hash,
         "prompts_hash": prompts,

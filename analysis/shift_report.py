@@ -138,9 +138,10 @@ def _facts(shift: Shift) -> dict[str, str]:
 def _run(shift: Shift) -> dict[str, str]:
     recipe, found = shift.recipe, {"behaviour": shift.behavior, "before": shift.before, "after": shift.after}
     for side in ("before", "after"):
-        if isinstance(recipe.get(side), Mapping) and "weights_hash" in recipe[side]:
-            found[f"weights {side}"] = str(recipe[side]["weights_hash"])
-    names = {"behavior_hash": "data", "prompts_hash": "prompts", "dtype": "dtype", "device": "device"}
+        names = {"weights_hash": "weights", "dtype": "dtype", "device": "device"}
+        identity = recipe.get(side) or {}
+        found |= {f"{words} {side}": str(identity[key]) for key, words in names.items() if key in identity}
+    names = {"behavior_hash": "data", "prompts_hash": "prompts"}
     found |= {words: str(recipe[key]) for key, words in names.items() if recipe.get(key) is not None}
     return found | {"seconds": number(shift.seconds)}
 

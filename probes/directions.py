@@ -22,7 +22,7 @@ so in `Direction.contrast`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -174,23 +174,42 @@ def contrast(
     Raises:
         WrongInput: a site without a fixed shape, or a layer without it.
     """
-    chosen = resolve(model, site, layers)
-    if "source" in SITES[site].axes:
-        raise WrongInput(f"'{site}' has one entry for each earlier token, so prompts cannot be contrasted there")
+    return contrasts(model, behavior, {site: layers}, positions=positions, progress=progress)[site]
+
+
+def contrasts(
+    model: HybridModel,
+    behavior: Behavior,
+    sites: Mapping[str, Sequence[int] | None],
+    *,
+    positions: str = "auto",
+    progress: bool = True,
+) -> dict[str, dict[int, Pairs]]:
+    """As `contrast`, at several sites in one pass: pairs by layer by site.
+
+    Raises:
+        WrongInput: see `contrast`.
+    """
+    plan = {site: resolve(model, site, layers) for site, layers in sites.items()}
     kind: Contrast = "persona" if behavior.has_persona else "answer"
-    if positions != "auto" and keeps_tokens(site, positions):
-        raise WrongInput(f"positions '{positions}' keep several tokens of a prompt; a contrast needs one, or a mean")
     if positions == "auto":
-        positions = "last" if kind == "persona" or site == "gdn.state" else "mean:decision"
+        positions = "last" if kind == "persona" else "mean:decision"
+    for site in plan:
+        if "source" in SITES[site].axes:
+            raise WrongInput(f"'{site}' has one entry for each earlier token, so prompts cannot be contrasted there")
+        if keeps_tokens(site, positions):
+            raise WrongInput(
+                f"positions '{positions}' keep several tokens of a prompt; a contrast needs one, or a mean"
+            )
     sides: tuple[Side, ...] = get_args(Side)
     prompts = [_sided(model, item, side, kind) for side in sides for item in behavior.items]
-    record = capture(model, prompts, sites=(site,), layers=chosen, positions=positions, progress=progress)
+    record = capture(model, prompts, sites=tuple(plan), layers=plan, positions=positions, progress=progress)
     n, groups = len(behavior.items), tuple(item.group for item in behavior.items)
-    result = {}
-    for layer in chosen:
+    result: dict[str, dict[int, Pairs]] = {site: {} for site in plan}
+    for site, layer in ((site, layer) for site, chosen in plan.items() for layer in chosen):
         both = torch.as_tensor(record[site, layer]).float()
         flat = both.flatten(1)
-        result[layer] = Pairs(
+        result[site][layer] = Pairs(
             layer=layer, wanted=flat[:n], unwanted=flat[n:], groups=groups, behavior=behavior.name, contrast=kind,
             site=site, shape=tuple(both.shape[1:]),
         )  # fmt: skip

@@ -31,13 +31,13 @@ from tqdm.auto import tqdm
 from probes import stats
 from probes.behaviors import Behavior, check_vocabulary
 from probes.controls import random_direction
-from probes.directions import Direction, Pairs, contrast, mean_difference
+from probes.directions import Direction, Pairs, contrasts, mean_difference
 from probes.errors import WrongInput
 from probes.localization import SITES, Localization, Row, conclude
 from probes.model import HybridModel
 from probes.prefixes import CHANNELS, Channel, Prefix, Prefixes, continued, disturbed, exchanged, prefixes
 from probes.propensity import Propensity, prepare
-from probes.sites import site as site_named
+from probes.sites import having
 from probes.stats import Estimate
 from probes.steering import steer_first
 from probes.store import library_versions
@@ -121,9 +121,9 @@ class _Work:
         self.model, self.config = model, config
         self.fit, held = behavior.split(held_out=config.held_out, seed=config.seed)
         self.judged = held.take(config.prompts, seed=config.seed)
-        self.sites = {name: self.layers_of(name) for name in SITES}
+        self.sites = {name: having(model, name, config.layers) for name in SITES}
         self.channels: dict[Channel, tuple[int, ...]] = {  # the layers told apart; as a whole a channel takes them all
-            channel: self.layers_of("gdn.state" if kind == "gdn" else "attn.heads")
+            channel: having(model, "gdn.state" if kind == "gdn" else "attn.heads", config.layers)
             for channel, kind in CHANNELS.items()
             if model.of_kind(kind)
         }
@@ -131,16 +131,6 @@ class _Work:
         self.whole: dict[Channel, Row] = {}
         self.moved: dict[Channel, list[float]] = {}
         self.bar = tqdm(total=self.steps(behavior), desc=f"localize {behavior.name}", disable=not progress, leave=False)
-
-    def layers_of(self, name: str) -> tuple[int, ...]:
-        existing = site_named(name).layers(self.model)
-        if self.config.layers is None:
-            return existing
-        last = len(self.model.layers) - 1
-        for layer in self.config.layers:
-            if not 0 <= layer <= last:
-                raise WrongInput(f"layer {layer} is out of range: {self.model.name} has layers 0 to {last}")
-        return tuple(layer for layer in existing if layer in self.config.layers)
 
     def steps(self, behavior: Behavior) -> int:
         """Runs over all held-out prompts, for the progress bar; heads are counted when they are known."""
@@ -232,12 +222,10 @@ class _Work:
         self.bar.update()
         single: list[Row] = []
         heads: list[Row] = []
-        for site, layers in self.sites.items():
-            if not layers:
-                continue
-            pairs = contrast(self.model, self.fit, site=site, layers=layers, progress=False)
+        sites = {site: layers for site, layers in self.sites.items() if layers}
+        for site, pairs in contrasts(self.model, self.fit, sites, progress=False).items():
             self.bar.set_postfix_str(f"give: {SITES[site]}")
-            found = {layer: self.give(pairs[layer], None) for layer in layers}
+            found = {layer: self.give(pair, None) for layer, pair in pairs.items()}
             single += found.values()
 
             def one(layer: int, head: int, pairs: dict[int, Pairs] = pairs) -> Row:

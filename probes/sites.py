@@ -199,6 +199,16 @@ def keeps_tokens(site_name: str, positions: Any) -> bool:
     return not isinstance(where, str) or where in ("all", "generated") or where.startswith("tokens:")
 
 
+def having(model: HybridModel, site_name: str, layers: Sequence[int] | None = None) -> tuple[int, ...]:
+    """Those of some layers that have a site, ascending; empty when none has. None asks for all layers.
+
+    Raises:
+        WrongInput: the site is unknown; a layer is negative or out of range.
+    """
+    asked = None if layers is None else {_index(model, layer) for layer in layers}
+    return tuple(layer for layer in site(site_name).layers(model) if asked is None or layer in asked)
+
+
 def resolve(model: HybridModel, site_name: str, layers: Sequence[int] | None = None) -> tuple[int, ...]:
     """The layers at which to read a site, ascending and without repetition.
 
