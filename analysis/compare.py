@@ -29,7 +29,7 @@ from analysis.states import Change, Topics, compare_captures
 from probes.behaviors import Behavior, check_vocabulary
 from probes.capture import RECURRENCE, Capture, capture, prompts_hash
 from probes.directions import Pairs, contrast, contrasts, mean_difference
-from probes.errors import WrongInput
+from probes.errors import SEEDS, WrongInput, check_ranges
 from probes.linear import ProbeConfig, ProbeResult, cells, probe_all
 from probes.model import HybridModel
 from probes.propensity import prepare, propensity
@@ -37,11 +37,12 @@ from probes.sites import having
 from probes.stats import Estimate, derived_seed
 from probes.store import library_versions
 
-_LEAST = {
-    "prompts": 8, "pairs": 8, "nulls": 20, "updates": 1, "shuffles": 1, "spans": 2, "subspace": 1, "least_groups": 2,
-    "seed": 0,
-}  # fmt: skip
 _SHARES = ("held_out", "least_change", "least_way", "least_gap", "least_reliability")
+_RANGES: dict[str, tuple[float, float]] = {
+    "prompts": (8, math.inf), "pairs": (8, math.inf), "nulls": (20, math.inf), "updates": (1, math.inf),
+    "shuffles": (1, math.inf), "spans": (2, math.inf), "subspace": (1, math.inf), "least_groups": (2, math.inf),
+    "seed": SEEDS, "confidence": (0.5, 0.99), **dict.fromkeys(_SHARES, (0, 1)),
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,14 +85,7 @@ class CompareConfig:
     """Decides the split of the topics and every draw."""
 
     def __post_init__(self) -> None:
-        for name, bound in _LEAST.items():
-            if getattr(self, name) < bound:
-                raise WrongInput(f"{name} must be at least {bound}, saw {getattr(self, name)}")
-        for name in _SHARES:
-            if not 0 < getattr(self, name) < 1:
-                raise WrongInput(f"{name} must lie between 0 and 1, saw {getattr(self, name):g}")
-        if not 0.5 <= self.confidence <= 0.99:
-            raise WrongInput(f"confidence must lie between 0.5 and 0.99, saw {self.confidence:g}")
+        check_ranges(self, _RANGES, inside=_SHARES)
         needed = math.ceil(1 / (1 - self.confidence) - 1e-9) - 1
         if min(self.updates, self.nulls) < needed:
             raise WrongInput(

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import pandas as pd
 
 from probes.directions import Direction
-from probes.errors import WrongInput
+from probes.errors import WrongInput, check_ranges
 from probes.store import read_result, write_json
 
 Status = Literal["pass", "fail", "inconclusive", "reported"]
@@ -57,10 +57,7 @@ class GateCriteria:
     """Fewest free answers."""
 
     def __post_init__(self) -> None:
-        for name, (low, high) in _RANGES.items():
-            value = getattr(self, name)
-            if not low <= value <= high:  # also refuses NaN
-                raise WrongInput(f"{name} must lie between {low:g} and {high:g}, saw {value:g}")
+        check_ranges(self, _RANGES)
 
 
 _RANGES: dict[str, tuple[float, float]] = {

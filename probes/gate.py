@@ -8,8 +8,13 @@ from typing import Literal, get_args
 
 from probes.criteria import GateCriteria
 from probes.directions import STEERABLE, Method
-from probes.errors import WrongInput
+from probes.errors import SEEDS, WrongInput, check_ranges
 from probes.steering import Form, Phase
+
+_RANGES: dict[str, tuple[float, float]] = {
+    "prompts": (2, math.inf), "search_prompts": (2, math.inf), "controls": (1, math.inf), "held_out": (0, 1),
+    "generations": (1, math.inf), "max_new_tokens": (8, math.inf), "general_texts": (3, math.inf), "seed": SEEDS,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,12 +66,7 @@ class GateConfig:
     criteria: GateCriteria = field(default_factory=GateCriteria)
 
     def __post_init__(self) -> None:
-        least = {"prompts": 2, "search_prompts": 2, "controls": 1, "generations": 1, "max_new_tokens": 8, "seed": 0}
-        for name, bound in {**least, "general_texts": 3}.items():
-            if getattr(self, name) < bound:
-                raise WrongInput(f"{name} must be at least {bound}, saw {getattr(self, name)}")
-        if not 0 < self.held_out < 1:
-            raise WrongInput(f"held_out must lie between 0 and 1, saw {self.held_out}")
+        check_ranges(self, _RANGES, inside=("held_out",))
         if not all(map(math.isfinite, self.doses)):
             raise WrongInput(f"doses must be finite, saw {', '.join(f'{d:g}' for d in self.doses)}")
         if 0.0 not in self.doses or not min(self.doses) < 0 < max(self.doses):
@@ -77,8 +77,6 @@ class GateConfig:
             )
         if self.layers is not None and not self.layers:
             raise WrongInput("layers must name at least one layer, or be None for a choice of them")
-        if self.seed >= 2**31:
-            raise WrongInput(f"seed must be below 2^31, saw {self.seed}")
         for name, allowed in (("phase", Phase), ("form", Form)):
             if (seen := getattr(self, name)) not in get_args(allowed):
                 raise WrongInput(f"unknown {name} '{seen}'; allowed are {', '.join(get_args(allowed))}")

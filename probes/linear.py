@@ -41,7 +41,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from probes.directions import Pairs
-from probes.errors import WrongInput
+from probes.errors import SEEDS, WrongInput, check_ranges
 from probes.stats import DRAWS, Estimate, Floats, derived_seed
 from probes.store import library_versions
 
@@ -56,6 +56,7 @@ _RANGES = {
     "C": (1e-4, 1e6),
     "components": (1, 1e9),
     "confidence": (0.5, 0.999),
+    "seed": SEEDS,
 }
 
 
@@ -82,10 +83,7 @@ class ProbeConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, (low, high) in _RANGES.items():
-            value = getattr(self, name)
-            if value is not None and not low <= value <= high:  # also refuses NaN
-                raise WrongInput(f"{name} must lie between {low:g} and {high:g}, saw {value:g}")
+        check_ranges(self, _RANGES)
         if self.correction not in ("max", "holm", "bh"):
             raise WrongInput(f"correction must be max, holm or bh, saw '{self.correction}'")
 

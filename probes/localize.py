@@ -20,6 +20,7 @@ state, the spectrum) of the target in every head.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -32,7 +33,7 @@ from probes import stats
 from probes.behaviors import Behavior, check_vocabulary
 from probes.controls import random_direction
 from probes.directions import Direction, Pairs, contrasts, mean_difference
-from probes.errors import WrongInput
+from probes.errors import SEEDS, WrongInput, check_ranges
 from probes.localization import SITES, Localization, Row, conclude
 from probes.model import HybridModel
 from probes.prefixes import CHANNELS, Channel, Prefix, Prefixes, continued, disturbed, exchanged, prefixes
@@ -41,6 +42,11 @@ from probes.sites import having
 from probes.stats import Estimate
 from probes.steering import steer_first
 from probes.store import library_versions
+
+_RANGES: dict[str, tuple[float, float]] = {
+    "prompts": (8, math.inf), "controls": (1, math.inf), "layer_controls": (1, math.inf), "head_layers": (0, math.inf),
+    "held_out": (0, 1), "percentile": (50, 100), "least_share": (0, 1), "least_groups": (2, math.inf), "seed": SEEDS,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,16 +75,7 @@ class LocalizeConfig:
     """Decides the split of the topics and every draw."""
 
     def __post_init__(self) -> None:
-        least = {"prompts": 8, "controls": 1, "layer_controls": 1, "head_layers": 0, "least_groups": 2, "seed": 0}
-        for name, bound in least.items():
-            if getattr(self, name) < bound:
-                raise WrongInput(f"{name} must be at least {bound}, saw {getattr(self, name)}")
-        if not 0 < self.held_out < 1:
-            raise WrongInput(f"held_out must lie between 0 and 1, saw {self.held_out}")
-        if not 50 <= self.percentile <= 100:
-            raise WrongInput(f"percentile must lie between 50 and 100, saw {self.percentile:g}")
-        if not 0 <= self.least_share < 1:
-            raise WrongInput(f"least_share must lie between 0 and 1, saw {self.least_share:g}")
+        check_ranges(self, _RANGES, inside=("held_out",))
         if self.layers is not None and not self.layers:
             raise WrongInput("layers must name at least one layer, or be None for all")
 

@@ -1,4 +1,4 @@
-"""What holds for every report page: it loads nothing, obeys no text, machines can read it, and a browser draws it."""
+"""What holds for every report page: it stands alone, obeys no text that it shows, and a browser draws it."""
 
 from __future__ import annotations
 
@@ -54,7 +54,8 @@ class Page(HTMLParser):
                 self.cells[-1] += data
 
 
-def assert_loads_nothing(page: Page) -> None:
+def assert_stands_alone(html: str, page: Page, figures: Sequence[str]) -> None:
+    """It loads nothing, has plotly inside exactly once with its figures, and machines can read it."""
     references = [value for _, attrs in page.tags for key, value in attrs.items() if key in LOADING]
     assert [value for value in references if not (value or "").startswith("#")] == []
     assert not {"link", "base", "iframe", "object", "embed", "img"} & {tag for tag, _ in page.tags}
@@ -64,9 +65,8 @@ def assert_loads_nothing(page: Page) -> None:
     assert policy is not None
     assert policy.startswith("default-src 'none';")
     assert not re.search(r"https?:|\*", policy)
-
-
-def assert_can_be_read_by_machines(page: Page) -> None:
+    assert html.count(plotly_script()) == 1
+    assert html.count("Plotly.newPlot(") - plotly_script().count("Plotly.newPlot(") == len(figures)
     headings = [int(tag[1]) for tag, _ in page.tags if re.fullmatch("h[1-6]", tag)]
     assert headings[0] == 1
     assert headings.count(1) == 1
@@ -76,12 +76,6 @@ def assert_can_be_read_by_machines(page: Page) -> None:
     ids = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
     assert len(ids) == len(set(ids))
     assert {str(attrs["href"])[1:] for tag, attrs in page.tags if tag == "a"} <= set(ids)
-
-
-def assert_draws(html: str, figures: int) -> None:
-    """Plotly is inside exactly once, with as many figures."""
-    assert html.count(plotly_script()) == 1
-    assert html.count("Plotly.newPlot(") - plotly_script().count("Plotly.newPlot(") == figures
 
 
 def assert_shown_and_not_obeyed(page: Page, harmless: Page, *, times: int) -> None:

@@ -10,16 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from pages import (
-    HOSTILE,
-    Page,
-    assert_browser_draws,
-    assert_can_be_read_by_machines,
-    assert_draws,
-    assert_loads_nothing,
-    assert_shown_and_not_obeyed,
-    needs_browser,
-)
+from pages import HOSTILE, Page, assert_browser_draws, assert_shown_and_not_obeyed, assert_stands_alone, needs_browser
 from test_figures import trace, words_of
 
 from analysis import figures
@@ -248,10 +239,8 @@ def test_percentages_and_nats_read_well():
 
 
 @pytest.mark.parametrize("name", SAMPLES)
-def test_page_stands_by_itself_and_can_be_read_by_machines(name):
-    assert_loads_nothing(page_of(name))
-    assert_can_be_read_by_machines(page_of(name))
-    assert_draws(html_of(name), len(NAMES))
+def test_page_stands_alone(name):
+    assert_stands_alone(html_of(name), page_of(name), NAMES)
 
 
 def test_hostile_text_is_shown_and_not_obeyed():

@@ -8,15 +8,7 @@ from functools import cache
 from typing import Any
 
 import pytest
-from pages import (
-    Page,
-    assert_browser_draws,
-    assert_can_be_read_by_machines,
-    assert_draws,
-    assert_loads_nothing,
-    assert_shown_and_not_obeyed,
-    needs_browser,
-)
+from pages import Page, assert_browser_draws, assert_shown_and_not_obeyed, assert_stands_alone, needs_browser
 from test_verdicts import NAMES, TOPICS, sample
 
 from analysis import figures, report
@@ -90,11 +82,8 @@ def test_every_threshold_is_explained():
     assert set(report.THRESHOLDS) == {f.name for f in fields(GateCriteria)}
 
 
-def test_page_stands_by_itself_and_can_be_read_by_machines(verdict):
-    page = page_of(verdict.verdict)
-    assert_loads_nothing(page)
-    assert_can_be_read_by_machines(page)
-    assert_draws(html_of(verdict.verdict), len(NAMES))
+def test_page_stands_alone(verdict):
+    assert_stands_alone(html_of(verdict.verdict), page_of(verdict.verdict), NAMES)
 
 
 def test_page_is_of_bearable_size(verdict):

@@ -64,12 +64,7 @@ def edit_by_hand(cache, direction, dose, mode):
 def answered(model, batch, answer=ANSWER):
     """Logits of every answer token, the last prompt token's among them: prefill, then token by token."""
     logits, cache = run(model, batch.ids, mask=batch.mask)
-    found, mask = [logits[:, -1]], batch.mask
-    for token in answer:
-        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
-        logits, cache = run(model, torch.full((len(mask), 1), token), past=cache, mask=mask)
-        found.append(logits[:, -1])
-    return torch.stack(found, 1)
+    return spoken(model, logits, cache, batch.mask, answer)
 
 
 @torch.no_grad()
@@ -80,7 +75,12 @@ def answered_by_hand(model, batch, direction, *, dose, mode, last, answer=ANSWER
     edit_by_hand(cache, direction, dose, mode)
     if last:
         logits, cache = run(model, batch.ids[:, cut:], past=cache, mask=batch.mask)
-    found, mask = [logits[:, -1]], batch.mask
+    return spoken(model, logits, cache, batch.mask, answer)
+
+
+def spoken(model, logits, cache, mask, answer):
+    """The last token's logits and those of the answer, token by token."""
+    found = [logits[:, -1]]
     for token in answer:
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
         logits, cache = run(model, torch.full((len(mask), 1), token), past=cache, mask=mask)
