@@ -221,11 +221,10 @@ def _turned(difference: Tensor, channel: Channel, generator: torch.Generator) ->
         size = difference.shape[1]
         order = torch.randperm(size, generator=generator)
         signs = torch.randint(0, 2, (size,), generator=generator) * 2.0 - 1
-        return difference[:, order] * signs[:, None]
-    right = _rotation(difference.shape[1], difference.shape[-1], generator)
-    difference = difference @ right
+        return difference[:, order] * signs[:, None].to(difference)
+    difference = difference @ _rotation(difference.shape[1], difference.shape[-1], generator).to(difference)
     if channel == "state":
-        difference = _rotation(difference.shape[1], difference.shape[-2], generator) @ difference
+        difference = _rotation(difference.shape[1], difference.shape[-2], generator).to(difference) @ difference
     return difference
 
 

@@ -23,7 +23,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -93,14 +93,10 @@ def steer(
             return None
         return slice(None) if decoding or last is None else slice(-last, None)
 
-    with ExitStack() as stack:
-        said = {"dose": dose, "phase": phase, "mode": mode, "last": last, "form": form}
-        stack.enter_context(_noted(model, direction, said))
-        if direction.site == "gdn.state":
-            tap = _StateTap(edit=edit, phase=phase, form=form, last=last)
-            stack.enter_context(tapped(model, {direction.layer: tap}))
-        else:
-            stack.enter_context(_tokens_edited(model, direction, edit, chosen))
+    with (
+        _noted(model, direction, {"dose": dose, "phase": phase, "mode": mode, "last": last, "form": form}),
+        _edited(model, direction, _StateTap(edit=edit, phase=phase, form=form, last=last), chosen),
+    ):
         yield
 
 
@@ -123,14 +119,21 @@ def steer_first(model: HybridModel, direction: Direction, *, dose: float, tokens
     `steer(phase="prefill", last=tokens)` does to whole prompts, this does to their continuation.
     """
     edit = _Edit.of(model, direction, dose=dose, mode="add")
-    with ExitStack() as stack:
-        stack.enter_context(_noted(model, direction, {"dose": dose, "first": tokens}))
-        if direction.site == "gdn.state":
-            tap = _StateTap(edit=edit, phase="both", form="end", last=None)
-            stack.enter_context(tapped(model, {direction.layer: tap}))
-        else:
-            stack.enter_context(_tokens_edited(model, direction, edit, lambda decoding: slice(0, tokens)))
+    tap = _StateTap(edit=edit, phase="both", form="end", last=None)
+    with (
+        _noted(model, direction, {"dose": dose, "first": tokens}),
+        _edited(model, direction, tap, lambda decoding: slice(0, tokens)),
+    ):
         yield
+
+
+def _edited(
+    model: HybridModel, direction: Direction, tap: _StateTap, chosen: Callable[[bool], slice | None]
+) -> AbstractContextManager[None]:
+    """A state is edited by its tap, anything else token by token."""
+    if direction.site == "gdn.state":
+        return tapped(model, {direction.layer: tap})
+    return _tokens_edited(model, direction, tap.edit, chosen)
 
 
 @dataclass(frozen=True, kw_only=True)
