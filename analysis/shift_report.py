@@ -22,11 +22,6 @@ from analysis.words import estimate, finite, number, percent, real
 from probes.stats import Estimate
 from probes.store import write_text
 
-TONES = {
-    "toward": ("→", "--wanted", "#eef5fa"),
-    "away": ("←", "--unwanted", "#fdf1ec"),
-    "no": ("↕", "--ink", "#f5f6f8"),
-}
 CONSEQUENCES = {
     "toward": (
         "The change points along the behaviour's own direction, toward the wanted side, more than meaningless changes "
@@ -35,12 +30,12 @@ CONSEQUENCES = {
     "away": (
         "The change points along the behaviour's own direction, but toward the unwanted side, and the answers followed."
     ),
-    "no": (
+    "elsewhere": (
         "Something changed, but what it did along the behaviour's direction is what meaningless changes of the same "
         "size do as well, and the answers hardly moved."
     ),
     "equal": "Where nothing moved, there is no change whose direction could be asked about.",
-    "": (
+    "not-shown": (
         "Neither that the change points toward the behaviour nor that it does not. The sentence above says what is "
         "missing, or what speaks against what."
     ),
@@ -84,7 +79,7 @@ def render_shift(shift: Shift) -> str:
     measured = {row.site for row in shift.aligned}
     facts = {
         "shift": shift,
-        "tone": TONES.get(key),
+        "tone": "not-shown" if key == "equal" else key,
         "badge": badge,
         "sentence": as_sentence(shift.sentence).rstrip("."),
         "consequence": consequence,
@@ -109,9 +104,9 @@ def _conclusion(shift: Shift) -> tuple[str, str, str]:
     elif shift.conclusion == "no" and shift.sense == "away":
         key, badge = "away", "Moved away from the behaviour"
     elif shift.conclusion == "no":
-        key, badge = "no", "Moved, but not toward the behaviour"
+        key, badge = "elsewhere", "Moved, but not toward the behaviour"
     else:
-        key, badge = "equal" if shift.moved.rows and shift.moved.equal else "", "Not shown"
+        key, badge = "equal" if shift.moved.rows and shift.moved.equal else "not-shown", "Not shown"
     return key, badge, CONSEQUENCES[key]
 
 

@@ -67,6 +67,8 @@ def assert_stands_alone(html: str, page: Page, figures: Sequence[str]) -> None:
     assert not re.search(r"https?:|\*", policy)
     assert html.count(plotly_script()) == 1
     assert html.count("Plotly.newPlot(") - plotly_script().count("Plotly.newPlot(") == len(figures)
+    found = next(str(attrs["class"]) for tag, attrs in page.tags if tag == "header").replace(" ", ".")
+    assert re.search(rf"\.{found}(, [^{{]*)? \{{ --tone: ", page.styles), found  # what was found has a colour
     headings = [int(tag[1]) for tag, _ in page.tags if re.fullmatch("h[1-6]", tag)]
     assert headings[0] == 1
     assert headings.count(1) == 1

@@ -6,7 +6,7 @@ import math
 import re
 from dataclasses import fields, replace
 from functools import cache
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ from analysis.figures.localization import counts, layer_kinds
 from analysis.localization_report import CONFIG, render_localization, write_localization_report
 from analysis.words import limits, nats, percent
 from probes.behaviors import read_behavior
-from probes.localization import Localization, Row, conclude, open_localization
+from probes.localization import Carrier, Localization, Row, conclude, open_localization
 from probes.localize import LocalizeConfig, localize
 from probes.stats import Estimate
 
@@ -241,6 +241,12 @@ def test_percentages_and_nats_read_well():
 @pytest.mark.parametrize("name", SAMPLES)
 def test_page_stands_alone(name):
     assert_stands_alone(html_of(name), page_of(name), NAMES)
+
+
+@pytest.mark.parametrize("carrier", get_args(Carrier))
+def test_page_of_each_carrier_stands_alone(carrier):
+    html = render_localization(replace(complete(), carrier=carrier))
+    assert_stands_alone(html, Page(html), NAMES)
 
 
 def test_hostile_text_is_shown_and_not_obeyed():
