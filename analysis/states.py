@@ -30,7 +30,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from probes.attribution import statistics
+from probes.attribution import effective_rank, statistics
 from probes.capture import RECURRENCE, recurrences
 from probes.errors import WrongInput
 from probes.recurrence import left_padded
@@ -178,14 +178,6 @@ def _cka(k: NDArray[Any], other: NDArray[Any], weights: NDArray[Any]) -> float:
     return product(a, b) / scale if scale else math.nan
 
 
-def effective_rank(states: Float[Tensor, "*axes d_k d_v"]) -> Float[Tensor, "*axes"]:
-    """exp of the entropy of the squared singular values; 0 for a state of zeros."""
-    weights = torch.linalg.svdvals(states.double()) ** 2
-    total = weights.sum(-1)
-    entropy = torch.special.entr(weights / torch.where(total > 0, total, 1.0)[..., None]).sum(-1)
-    return torch.where(total > 0, entropy.exp(), 0.0)
-
-
 @dataclass(frozen=True, kw_only=True)
 class MovedRow:
     """How the states of one head moved between two checkpoints.
@@ -311,7 +303,7 @@ def _heads(
 ) -> list[MovedRow]:
     relative, cosine = relative_change(before, after), state_cosine(before, after)
     angles = [torch.rad2deg(side).mean(-1) for side in principal_angles(before, after, rank=subspace)]
-    ranks = effective_rank(before), effective_rank(after)
+    ranks = effective_rank(before.double()), effective_rank(after.double())
     rows = []
     for head in range(before.shape[1]):
         changes = {name: topics.change(values[:, head], later[name][:, head]) for name, values in habits.items()}

@@ -95,10 +95,6 @@ def statistics(x: Recurrence, *, at: Int[Tensor, "prompt n"]) -> TokenStatistics
     states, writes, predictions = _asked(found.states), _asked(found.writes), _asked(found.predictions)
     norm = torch.linalg.vector_norm
     known, new = (predictions**2 + x.v**2).sum(-1), ((x.v - predictions) ** 2).sum(-1)
-    weights = torch.linalg.svdvals(states) ** 2
-    total = weights.sum(-1, keepdim=True)
-    spectrum = weights / torch.where(total > 0, total, 1)
-    rank = torch.special.entr(spectrum).sum(-1).exp()
     return TokenStatistics(
         write=norm(x.k, dim=-1).repeat_interleave(x.group, dim=2) * norm(writes, dim=-1),
         retention=x.decay.exp(),
@@ -107,8 +103,16 @@ def statistics(x: Recurrence, *, at: Int[Tensor, "prompt n"]) -> TokenStatistics
         novelty=new / torch.where(known > 0, known, 1),
         at=at,
         norm=norm(states, dim=(-2, -1)),
-        effective_rank=torch.where(total[..., 0] > 0, rank, 0),
+        effective_rank=effective_rank(states),
     )
+
+
+def effective_rank(states: Float[Tensor, "*axes d_k d_v"]) -> Float[Tensor, "*axes"]:
+    """See `TokenStatistics`: between 1 and min(d_k, d_v), and 0 for a state of zeros."""
+    weights = torch.linalg.svdvals(states) ** 2
+    total = weights.sum(-1, keepdim=True)
+    entropy = torch.special.entr(weights / torch.where(total > 0, total, 1)).sum(-1)
+    return torch.where(total[..., 0] > 0, entropy.exp(), 0)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -12,6 +12,7 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from probes.directions import Direction, Pairs, Raw, mean_of
@@ -70,11 +71,20 @@ def random_direction(like: Direction, *, seed: int) -> Direction:
 def _rotated(states: Tensor, generator: torch.Generator) -> Tensor:
     """Matrices with the same singular values, in singular vectors drawn anew: [v_head d_k d_v]."""
     values = torch.linalg.svdvals(states)
-    r = values.shape[-1]
-    left, right = (
-        torch.linalg.qr(torch.randn(len(states), size, r, generator=generator)).Q for size in states.shape[1:]
-    )
+    left, right = (orthonormal(len(states), size, values.shape[-1], generator) for size in states.shape[1:])
     return left * values[:, None, :] @ right.transpose(1, 2)
+
+
+def orthonormal(
+    count: int, size: int, columns: int, generator: torch.Generator
+) -> Float[Tensor, "{count} {size} {columns}"]:
+    """Matrices with orthonormal columns, drawn uniformly (Haar); square ones turn without a preferred direction.
+
+    The signs that a QR decomposition leaves to the algorithm are made random again: taken as they come, the diagonal
+    would lean to one side (Mezzadri, arXiv:math-ph/0609050), and a control with it.
+    """
+    Q, R = torch.linalg.qr(torch.randn(count, size, columns, generator=generator))
+    return Q * R.diagonal(dim1=-2, dim2=-1).sign()[:, None, :]
 
 
 def centred(control: Direction, pairs: Pairs) -> Direction:

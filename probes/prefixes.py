@@ -19,6 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from probes.controls import orthonormal
 from probes.errors import WrongInput
 from probes.model import HybridModel, Kind
 from probes.prompts import alike, pad
@@ -222,14 +223,12 @@ def _turned(difference: Tensor, channel: Channel, generator: torch.Generator) ->
         order = torch.randperm(size, generator=generator)
         signs = torch.randint(0, 2, (size,), generator=generator) * 2.0 - 1
         return difference[:, order] * signs[:, None].to(difference)
-    difference = difference @ _rotation(difference.shape[1], difference.shape[-1], generator).to(difference)
-    if channel == "state":
-        difference = _rotation(difference.shape[1], difference.shape[-2], generator).to(difference) @ difference
-    return difference
 
+    def rotation(size: int) -> Tensor:
+        return orthonormal(difference.shape[1], size, size, generator).to(difference)
 
-def _rotation(heads: int, size: int, generator: torch.Generator) -> Tensor:
-    return torch.linalg.qr(torch.randn(heads, size, size, generator=generator)).Q
+    turned = difference @ rotation(difference.shape[-1])
+    return rotation(difference.shape[-2]) @ turned if channel == "state" else turned
 
 
 def _changed(

@@ -10,7 +10,6 @@ from scipy.linalg import subspace_angles
 from analysis.states import (
     Topics,
     compare_captures,
-    effective_rank,
     linear_cka,
     principal_angles,
     relative_change,
@@ -142,7 +141,6 @@ def test_what_moved_is_what_the_states_and_the_recurrence_say(tiny, prompts, rec
     assert row.rank.before.value == pytest.approx(np.mean([x.effective_rank[0, 0, 2].item() for x in alone]), rel=1e-4)
     assert row.half_life.after.value == pytest.approx(row.half_life.before.value / np.e, rel=1e-4)
     assert row.retention.change.upper < 0
-    assert effective_rank(torch.eye(3)).item() == pytest.approx(3)
     only_states = compare_captures(*(capture(m, prompts, sites=("gdn.state",), progress=False) for m in (tiny, other)))
     assert only_states.rows[14].relative == row.relative
     assert only_states.rows[14].write is None
