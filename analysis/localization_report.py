@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from analysis.figures import draw_localization
-from analysis.figures.localization import counts
 from analysis.pages import as_sentence, render_page, settings
 from analysis.words import estimate, limits, nats, number, percent
 from probes.localization import CHANNEL_NAMES, SITES, Localization, Row
@@ -107,7 +106,7 @@ def _row(row: Row) -> dict[str, Any]:
         "share": percent(row.share),
         "bar": f"±{nats(row.bar)}",
         "n": len(row.controls),
-        "counts": counts(row),
+        "counts": row.shown,
     }
 
 

@@ -48,7 +48,10 @@ class Row:
 
     @property
     def shown(self) -> bool:
-        """Whether the effect is clear of zero, of meaningless changes of equal size, and of what is negligible."""
+        """Whether the effect is clear of zero, of meaningless changes of equal size, and of what is negligible.
+
+        What is not a number is never shown.
+        """
         return self.effect.lower > max(self.bar, 0.0) and self.effect.value >= self.least
 
     @property

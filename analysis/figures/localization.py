@@ -143,11 +143,6 @@ def layer_kinds(localization: Localization) -> dict[int, str]:
     return dict(sorted(found.items()))
 
 
-def counts(row: Row) -> bool:
-    """Whether a row's effect counts; not when a number of it is missing."""
-    return len(finite([row.effect.value, row.effect.lower, row.bar])) == 3 and row.shown
-
-
 def words_of(row: Row) -> str:
     """A row in a label: what was done where, and what it did."""
     name = (CHANNEL_NAMES if row.kind == "exchange" else SITES)[row.carrier]
@@ -157,7 +152,7 @@ def words_of(row: Row) -> str:
         f"{percent(row.share)} of the personas' effect" if finite([row.share]) else "",
         f"controls reach ±{number(row.bar)} nats (n = {len(row.controls)})",
         f"{row.effect.n} prompts in {row.effect.groups} topics",
-        "counts" if counts(row) else "does not count: not clear of zero and controls, or negligible",
+        "counts" if row.shown else "does not count: not clear of zero and controls, or negligible",
     )
 
 
@@ -167,7 +162,7 @@ def _kind(row: Row) -> str:
 
 def _marker(kind: str, symbol: str, rows: Sequence[Row], size: int = 10) -> dict[str, Any]:
     color = KINDS[kind][1] if kind else INK
-    symbols = [symbol + ("" if counts(row) else "-open") for row in rows]
+    symbols = [symbol + ("" if row.shown else "-open") for row in rows]
     return dict(size=size, color=color, symbol=symbols, line=dict(width=2, color=color))
 
 
@@ -192,7 +187,7 @@ def _marks(figure: go.Figure, rows: Sequence[Row], xs: Sequence[Any], kinds: Seq
 
 def _point_out(figure: go.Figure, rows: Sequence[Row], panel: int) -> None:
     """Name the layer that does most, where one counts."""
-    best = max((row for row in rows if counts(row)), key=lambda row: row.effect.value, default=None)
+    best = max((row for row in rows if row.shown), key=lambda row: row.effect.value, default=None)
     if best is not None:
         share = f" ({percent(best.share)} of the personas')" if finite([best.share]) else ""
         text, place = f"<b>most: layer {best.layer}</b>{share}", parts.axes(panel)
@@ -207,7 +202,7 @@ def _legend(figure: go.Figure, rows: Sequence[Row], kinds: Any, percentile: str)
     for kind, (label, color, symbol) in KINDS.items():
         if kind in present:
             parts.legend(figure, label, color, symbol)
-    if not all(counts(row) for row in rows):
+    if not all(row.shown for row in rows):
         parts.legend(figure, "hollow: not clear of zero and controls, or negligible", MUTED, "circle-open")
     parts.legend(figure, f"grey bar: {percentile} of controls of equal size lie inside", PALE, "square")
 
