@@ -3,11 +3,12 @@
     shift = compare(load("base"), load("tuned"), read_behavior("follow-direction"))
     print(shift.conclusion, shift.sentence)
 
-Both checkpoints read the same held-out prompts without a persona. Four questions are asked of them, each with one
-headline number, an interval over topics and a null (`Shift.claims`): do the answers lean more toward wanted; can wanted
-be told from unwanted better; do the tokens of the direction make up more of the states, of what is read from them and
-of the attention; and does the change of the states lie along the behaviour's direction. `analysis.shift` has the rule
-of the conclusion, `analysis.states` compares captures without a behaviour.
+Both checkpoints read the same held-out prompts without a persona. Four questions are asked of them, each with headline
+numbers and intervals over topics (`Shift.claims`): do the answers lean more toward wanted; can wanted be told from
+unwanted better; do the tokens of the request (the prompt's span "direction") make up more of the states, of what is
+read from them and of the attention; and does the change of the states lie along the behaviour's direction. All but the
+second are held against nulls. `analysis.shift` has the rule of the conclusion, `analysis.states` compares captures
+without a behaviour.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from tqdm.auto import tqdm
 
 from analysis.alignment import AlignedRow, Thresholds, align, check_pair, cosine_with, redrawn
 from analysis.attention import Means, ShareRow, Spans, control_spans, mean_excess, share_rows, span_shares
-from analysis.shift import SITE_NAMES, Claim, ProbeRow, Shift, conclude
+from analysis.shift import POINTS, SHARE_NAMES, SITE_NAMES, WAY, Claim, ProbeRow, Shift, conclude
 from analysis.states import Change, Topics, compare_captures
 from probes.behaviors import Behavior, check_vocabulary
 from probes.capture import RECURRENCE, Capture, capture, prompts_hash
@@ -290,7 +291,9 @@ class _Work:
         shares: Sequence[ShareRow],
         aligned: Sequence[AlignedRow],
     ) -> tuple[Claim, ...]:
-        """Headlines that are at one layer are at the one where the personas' gap was largest before."""
+        """One for each question. What is about one layer is about the one where the personas differ most before; of a
+        change along the direction, among the layers beyond the nulls if there are some.
+        """
         widest = {
             name: max((row for row in aligned if row.site == name), key=lambda row: (row.decides, row.gap))
             for name in self.layers
@@ -304,12 +307,14 @@ class _Work:
         found.append(replace(claim, shown=False))
         for row in shares:
             if row.layer is None:
-                name = f"the direction's {row.kind} share"
-                found.append(_claim(name, row.excess.change, "beyond controls", row.bar, "nulls within"))
+                moved = row.excess.change
+                points = replace(moved, value=100 * moved.value, lower=100 * moved.lower, upper=100 * moved.upper)
+                name = f"the request's share of {SHARE_NAMES[row.kind]}"
+                found.append(_claim(name, points, POINTS, 100 * row.bar, "nulls within"))
         for name in self.layers:
             row = max((row for row in aligned if row.site == name), key=lambda row: (row.beyond, row.decides, row.gap))
             where = f"{SITE_NAMES[name]}, layer {row.layer}"
-            claim = _claim(where, row.way, "of the way along the direction", row.bar, "nulls within")
+            claim = _claim(where, row.way, WAY, row.bar, "nulls within")
             found.append(replace(claim, shown=row.beyond))
         return tuple(found)
 

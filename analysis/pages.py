@@ -59,6 +59,8 @@ def setting(value: Any) -> str:
     """The value of a setting: a number, a list of them, or None for "auto"."""
     if isinstance(value, Sequence) and not isinstance(value, str):
         return ", ".join(map(setting, value))
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     return "auto" if value is None else number(value) if isinstance(value, (int, float)) else str(value)
 
 

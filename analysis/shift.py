@@ -5,7 +5,7 @@ without a persona. All thresholds are in `CompareConfig` and are written into ev
 
 1. "not shown" - there are fewer than `least_groups` topics; the personas' own effect on the checkpoint before is not
    clear of zero, or their direction is nowhere large (`least_gap`) and reliable (`least_reliability`); or the mean
-   relative change is below `least_change`: nothing moved.
+   relative change is below `least_change`: nothing moved, or if the answers did, something that is not judged here.
 2. A layer lies *along the direction* if its change, in halves of the gap between the sides, has an interval clear of
    zero and is at least `least_way`, and its cosine is beyond all three nulls at `confidence`, corrected over layers
    (`analysis.alignment`). The answers *moved* if the change of propensity has an interval clear of zero and is at least
@@ -41,6 +41,11 @@ Sense = Literal["toward", "away", "neither"]
 SITE_NAMES: Mapping[str, str] = MappingProxyType(
     {"gdn.state": "GDN states", "attn.heads": "attention heads", "resid": "residual stream"}
 )
+SHARE_NAMES: Mapping[str, str] = MappingProxyType(
+    {"state": "the states", "readout": "what is read from them", "attention": "the attention"}
+)
+POINTS = "points beyond control spans"
+WAY = "of the way along the direction"
 FRAMES = ("moved", "probes", "shares", "aligned", "claims")
 
 
@@ -65,7 +70,8 @@ class Claim:
     """One headline number with its interval and what it is held against.
 
     Attributes:
-        name: behaviour, decodability, state share, readout share, attention share, or along the direction at a site.
+        name: behaviour, decodability, the request's share of states, readouts or attention, or a site's layer whose
+            change is told along the direction.
         value: the number, a change from before to after. unit: what it counts.
         bar: sizes up to this one mean nothing; NaN for a number without a null, which is reported and never shown.
         shown: whether it is clear of zero and of the bar.
@@ -220,11 +226,15 @@ def conclude(
     size = f"the {name} moved by {100 * change.value:.3g} % of their norm"
     if change.groups < least_groups:
         return "not shown", "neither", f"{change.groups} held-out topics are too few to decide on ({least_groups} are)"
-    if equal:
-        return "not shown", "neither", f"nothing moved: the {name} are equal, bit for bit"
-    if change.value < least_change:
-        least = f"less than {100 * least_change:g} % counts as nothing"
-        return "not shown", "neither", f"nothing moved to speak of: {size} ({least})"
+    moved = answers.change
+    said = f"the answers moved by {signed(moved)} nats, where the personas do {persona.value:.3g}"
+    spoken = (moved.lower > 0 or moved.upper < 0) and abs(moved.value) >= least_way * persona.value / 2
+    if equal or change.value < least_change:
+        least = f"{size} (less than {100 * least_change:g} % counts as nothing)"
+        still = f"the {name} are equal, bit for bit" if equal else least
+        if spoken:
+            return "not shown", "neither", f"unclear: {still}, and yet {said}"
+        return "not shown", "neither", f"nothing moved{'' if equal else ' to speak of'}: {still}"
     if persona.lower <= 0:
         seen = f"{signed(persona)} nats, not clear of zero"
         return (
@@ -234,10 +244,6 @@ def conclude(
         )
     if not any(row.decides for row in rows):
         return "not shown", "neither", f"{size}, but the personas leave no large and reliable direction in the {name}"
-    moved = answers.change
-    said = f"the answers moved by {signed(moved)} nats, where the personas do {persona.value:.3g}"
-    clear = moved.lower > 0 or moved.upper < 0
-    spoken = clear and abs(moved.value) >= least_way * persona.value / 2
     along = [row for row in rows if row.beyond]
     if not along:
         strongest = max((row for row in rows if row.decides), key=lambda row: row.gap)

@@ -14,7 +14,7 @@ from typing import Any
 from analysis.alignment import NULLS, AlignedRow
 from analysis.attention import ShareRow
 from analysis.figures import draw_shift
-from analysis.figures.shift import known, numbers
+from analysis.figures.shift import held_against, known, numbers
 from analysis.pages import as_sentence, render_page, settings
 from analysis.shift import SITE_NAMES, Claim, ProbeRow, Shift
 from analysis.states import Change, MovedRow
@@ -106,7 +106,9 @@ def _conclusion(shift: Shift) -> tuple[str, str, str]:
     elif shift.conclusion == "no":
         key, badge = "elsewhere", "Moved, but not toward the behaviour"
     else:
-        key, badge = "equal" if shift.moved.rows and shift.moved.equal else "not-shown", "Not shown"
+        answers = shift.behavior_change.change
+        still = shift.moved.rows and shift.moved.equal and not (answers.lower > 0 or answers.upper < 0)
+        key, badge = "equal" if still else "not-shown", "Not shown"
     return key, badge, CONSEQUENCES[key]
 
 
@@ -180,8 +182,7 @@ def _table(key: str, name: str, columns: list[str], mark: str, rows: Any) -> dic
 
 
 def _claim(row: Claim) -> dict[str, Any]:
-    null = f"{row.against} ±{number(known(row.bar))}"
-    return {"name": row.name, "cells": [_seen(row.value), (row.unit, ""), (null, "")], "mark": row.shown}
+    return {"name": row.name, "cells": [_seen(row.value), (row.unit, ""), (held_against(row), "")], "mark": row.shown}
 
 
 def _aligned(row: AlignedRow) -> dict[str, Any]:

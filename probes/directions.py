@@ -126,6 +126,11 @@ class Pairs:
         """Whether the two sides have the same mean, so that there is no direction."""
         return not bool(self.differences.mean(0).any())
 
+    @property
+    def headed(self) -> bool:
+        """Whether the first axis of `shape` are heads."""
+        return SITES[self.site].axes[2] in ("head", "v_head")
+
     def where(self, mask: NDArray[np.bool_]) -> Pairs:
         """The pairs at which a mask is true."""
         index = torch.from_numpy(np.flatnonzero(mask))
@@ -138,7 +143,7 @@ class Pairs:
         Raises:
             WrongInput: the site has no heads, or no such head.
         """
-        if len(self.shape) < 2:
+        if not self.headed:
             raise WrongInput(f"heads were chosen, but '{self.site}' has no heads; {' and '.join(STEERABLE[1:])} have")
         chosen = tuple(sorted(set(heads)))
         if not chosen or not 0 <= chosen[0] <= chosen[-1] < self.shape[0]:

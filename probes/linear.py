@@ -96,7 +96,7 @@ class ProbeResult:
         auroc: held-out AUROC within folds. Its interval draws topics, but leaves out how other training data would
             change the probe, so it is too narrow (0.5 is outside for a quarter of null probes): decide by p_adjusted.
         shuffled, shuffled_upper: mean, and the percentile at `confidence`, of the same AUROC with swapped sides.
-        selectivity: auroc - shuffled, with an interval of the same kind.
+        selectivity: auroc - shuffled; its interval adds what few shuffles leave open of their mean.
         p_value: share of shuffled AUROCs that are at least as large, the real one counted among them.
         p_adjusted: corrected over all cells of one `probe_all`; significant: whether it is at most 1 - confidence.
         direction: float32 [feature], the weights of a probe fitted on all data, for raw features: length 1, pointing
@@ -191,11 +191,18 @@ def probe_all(
         real, mean = float(table[i, 0]), float(table[i, 1:].mean())
         lower, upper = np.percentile(sampled[i], [50 * alpha, 100 - 50 * alpha]).tolist()
         auroc = Estimate(value=real, lower=lower, upper=upper, seed=config.seed, confidence=config.confidence, **shared)
+        beyond = real - mean
+        # AUROC's interval and what few shuffles leave open of their mean, as independent (Zou & Donner 2008)
+        unsure = scipy_stats.norm.ppf(1 - alpha / 2) * np.sqrt(np.mean((table[i, 1:] - 0.5) ** 2) / config.shuffles)
+        selectivity = replace(
+            auroc, value=beyond, lower=beyond - float(np.hypot(real - lower, unsure)),
+            upper=beyond + float(np.hypot(upper - real, unsure)),
+        )  # fmt: skip
         results.append(
             ProbeResult(
                 site=site, layer=layer, head=head, auroc=auroc, shuffled=mean, **shared,
                 shuffled_upper=float(np.percentile(table[i, 1:], 100 * config.confidence)),
-                selectivity=replace(auroc, value=real - mean, lower=lower - mean, upper=upper - mean),
+                selectivity=selectivity,
                 p_value=float(p[i]), p_adjusted=float(adjusted[i]), significant=bool(adjusted[i] <= alpha + _TIE),
                 direction=directions[i],
             )
@@ -210,7 +217,7 @@ def cells(pairs: Mapping[int, Pairs], *, heads: bool = True) -> dict[tuple[int, 
     found: dict[tuple[int, int | None], tuple[Tensor, Tensor]] = {}
     for layer, both in pairs.items():
         found[layer, None] = both.wanted, both.unwanted
-        if heads and len(both.shape) > 1:
+        if heads and both.headed:
             sides = [side.unflatten(1, (both.shape[0], -1)).unbind(1) for side in found[layer, None]]
             found |= {(layer, head): pair for head, pair in enumerate(zip(*sides, strict=True))}
     return found

@@ -85,6 +85,8 @@ def test_planted_signal_is_found_where_it_is():
     assert best.p_adjusted == 1 / 40
     assert best.auroc.lower > best.shuffled_upper - 0.1
     assert best.selectivity.value == pytest.approx(best.auroc.value - best.shuffled)
+    wide = best.selectivity.upper - best.selectivity.lower  # the mean of 39 shuffles is not known exactly
+    assert best.auroc.upper - best.auroc.lower < wide < best.auroc.upper - best.auroc.lower + 0.1
     assert "1 of 5 probes significant" in str(found)
     assert "resid 2: AUROC" in str(best)
     frame = found.frame()
@@ -244,5 +246,6 @@ def test_cells_are_layers_and_their_heads(tiny):
     assert list(found) == [(i, head) for i in (2, 4) for head in (None, 0, 1, 2, 3)]
     assert torch.equal(found[4, 1][0], pairs[4].wanted.reshape(8, 4, -1)[:, 1])
     assert list(cells(pairs, heads=False)) == [(2, None), (4, None)]
-    stream = contrast(tiny, read_behavior("sentiment").take(8), layers=[2], progress=False)
-    assert list(cells(stream)) == [(2, None)]
+    for site, per_layer in (("resid", 1), ("gdn.conv", 1), ("gdn.beta", 5)):  # channels are no heads
+        other = contrast(tiny, read_behavior("sentiment").take(8), layers=[2], site=site, progress=False)
+        assert len(cells(other)) == per_layer, site

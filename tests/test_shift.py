@@ -1,7 +1,9 @@
 """Before and after, on pairs of checkpoints whose truth is known: the same one, noise, and planted shifts."""
 
 import copy
+import re
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,12 +13,15 @@ from transformers import Qwen3_5ForCausalLM
 from analysis.alignment import check_pair, corrected, redrawn
 from analysis.attention import control_spans, span_shares
 from analysis.compare import CompareConfig, compare
-from analysis.shift import FRAMES, open_shift
+from analysis.shift import FRAMES, conclude, open_shift
+from analysis.states import Change
 from probes.behaviors import read_behavior
 from probes.capture import RECURRENCE, capture
+from probes.directions import contrast, mean_difference
 from probes.errors import WrongInput
 from probes.model import HybridModel
 from probes.prompts import Prompt
+from probes.stats import Estimate
 from probes.store import recipe_differs
 from tests.conftest import qwen_config
 from training.grammar import PERSONA_WORDS
@@ -185,6 +190,47 @@ def test_models_that_do_not_fit_together_are_refused(tiny, llama, organism, beha
     plain = replace(behavior, items=tuple(replace(item, persona=None) for item in behavior.items))
     with pytest.raises(WrongInput, match="'follow-direction' has no personas"):
         compare(organism, organism, plain, progress=False)
+
+
+def test_answers_that_move_without_the_states_are_not_called_still(organism, behavior):
+    """The last layer's MLP is made to write the direction, where no state reads: only the answers move."""
+    other, seen = twin(organism), []
+    mlp: Any = other.layers[7].mlp
+    direction = mean_difference(contrast(organism, behavior.take(40), layers=[7], progress=False)[7])
+    handle = mlp.down_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0][:, -1]))
+    capture(other, [item.prompt(other) for item in behavior.take(40).items], progress=False)
+    handle.remove()
+    usual = torch.cat(seen).mean(0)
+    with torch.no_grad():
+        mlp.down_proj.weight.add_(torch.outer(direction.norm * direction.vector, usual / usual.square().sum()))
+    shift = compare(organism, other, behavior, SMALL, progress=False)
+    assert shift.moved.equal
+    assert shift.behavior_change.change.lower > 1
+    assert (shift.conclusion, shift.sense) == ("not shown", "neither")
+    assert shift.sentence.startswith("unclear: the GDN states are equal, bit for bit, and yet the answers moved by")
+
+
+@pytest.mark.parametrize(
+    ("change", "answers", "persona", "said"),
+    [
+        (0.0, 0.0, 8.0, "nothing moved: the GDN states are equal"),
+        (0.005, 0.0, 8.0, "nothing moved to speak of: the GDN states moved by 0.5 %"),
+        (0.005, 1.0, 8.0, r"unclear: .* \(less than 1 % counts as nothing\), and yet the answers moved by \+1"),
+        (0.2, 1.0, -1.0, "but what toward the behaviour means is not known"),
+        (0.2, 1.0, 8.0, "but the personas leave no large and reliable direction"),
+    ],
+)
+def test_what_cannot_be_concluded_is_said(change, answers, persona, said):
+    def about(value):
+        return Estimate(value=value, lower=value - 0.1, upper=value + 0.1, n=24, groups=6)
+
+    answered = Change(before=about(0), after=about(answers), change=about(answers))
+    found = conclude(
+        site="gdn.state", change=about(change), equal=change == 0, answers=answered, persona=about(persona), rows=[],
+        least_change=0.01, least_way=0.05, least_groups=5,
+    )  # fmt: skip
+    assert found[:2] == ("not shown", "neither")
+    assert re.match(said, found[2].removeprefix("the GDN states moved by 20 % of their norm, ")), found[2]
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,8 @@ from analysis import figures
 from analysis.alignment import NULLS, AlignedRow
 from analysis.attention import ShareRow
 from analysis.compare import CompareConfig, compare
-from analysis.figures.shift import UNITS, WAY, layer_kinds
-from analysis.shift import Claim, ProbeRow, Shift, open_shift
+from analysis.figures.shift import held_against, layer_kinds
+from analysis.shift import POINTS, WAY, Claim, ProbeRow, Shift, open_shift
 from analysis.shift_report import CONFIG, THRESHOLDS, render_shift, write_shift_report
 from analysis.states import Change, Moved, MovedRow
 from analysis.words import number, percent
@@ -85,8 +85,8 @@ def complete() -> Shift:
         *(share("state", layer, head, 0.45, 0.05) for head in range(HEADS) for layer in GDN),
     ]
     claims = [
-        ("behaviour", 5.5, "nats", 0.28, True), ("decodability at layer 4", 0.05, "AUROC", 0.0, False),
-        ("the direction's state share", 0.18, "beyond controls", 0.05, True),
+        ("behaviour", 5.5, "nats", 0.28, True), ("decodability at layer 4", 0.05, "AUROC", NAN, False),
+        ("the request's share of the states", 18.0, POINTS, 5.0, True),
         ("GDN states, layer 4", 0.7, WAY, 0.21, True), ("attention heads, layer 3", 9.0, WAY, 50.0, False),
     ]  # fmt: skip
     config = {name: getattr(CompareConfig(), name) for name in (f.name for f in fields(CompareConfig))}
@@ -191,7 +191,7 @@ def test_claims_of_one_unit_share_an_axis_with_their_intervals_and_bands():
     panels = {unit: i for i, unit in enumerate(dict.fromkeys(claim.unit for claim in found.claims), 1)}
     bands = {(s.xref, round(s.y0 + 0.42)): (s.x0, s.x1) for s in figure.layout.shapes}
     for claim in found.claims:
-        scale, drawn = UNITS[claim.unit][0], trace(figure, claim.name)
+        drawn = trace(figure, claim.name)
         axis = "x" if panels[claim.unit] == 1 else f"x{panels[claim.unit]}"
         assert drawn.xaxis == axis
         assert drawn.marker.symbol.endswith("-open") == (not claim.shown)
@@ -200,11 +200,12 @@ def test_claims_of_one_unit_share_an_axis_with_their_intervals_and_bands():
             assert drawn.x[0] < 4
             assert drawn.text == ("<b>+9</b>",)
             continue
-        assert drawn.x == (pytest.approx(scale * claim.value.value),)
-        np.testing.assert_allclose([drawn.error_x.array, drawn.error_x.arrayminus], lengths([claim.value], scale))
-        if claim.bar:
-            assert bands[axis, drawn.y[0]] == pytest.approx((-scale * claim.bar, scale * claim.bar))
-        assert f"±{number(claim.bar)}" in drawn.hovertext[0]
+        assert drawn.x == (pytest.approx(claim.value.value),)
+        np.testing.assert_allclose([drawn.error_x.array, drawn.error_x.arrayminus], lengths([claim.value]))
+        if math.isfinite(claim.bar):
+            assert bands[axis, drawn.y[0]] == pytest.approx((-claim.bar, claim.bar))
+        assert held_against(claim) in drawn.hovertext[0]
+        assert ("±" in held_against(claim)) == math.isfinite(claim.bar)
 
 
 def test_maps_of_states_show_every_head():

@@ -19,32 +19,21 @@ from analysis.attention import ShareRow
 from analysis.figures import parts
 from analysis.figures.parts import GLYPHS, INK, KINDS, MUTED, NOISE, PALE, TARGET, TEMPLATE, TITLE, not_measured
 from analysis.figures.states import before_after_map, state_heatmap
-from analysis.shift import SITE_NAMES, Claim, ProbeRow, Shift
+from analysis.shift import POINTS, SHARE_NAMES, SITE_NAMES, WAY, Claim, ProbeRow, Shift
 from analysis.states import Change, MovedRow
 from analysis.words import ends, estimate, finite, lines, nats, number, percent, real, safe
 from probes.stats import Estimate
 
 NO_STATES = "no GDN layer was compared,<br>so there are no states"
-WAY = "of the way along the direction"
 FARTHEST = 3.0  # ways beyond this come from layers where the personas hardly differ; they are clipped
-UNITS: dict[str, tuple[float, str, str]] = {
-    "nats": (1.0, "<b>Do the answers lean more toward wanted?</b>", "change of propensity (nats)"),
-    "AUROC": (1.0, "<b>Can wanted be told from unwanted better?</b>", "change of AUROC"),
-    "beyond controls": (
-        100.0, "<b>Does the request weigh more in memory?</b>",
-        "change beyond control spans (percentage points)",
-    ),
-    WAY: (
-        1.0, "<b>Does the change lie along the direction?</b>",
-        "part of the way to the wanted persona (1)",
-    ),
-}  # fmt: skip
-LABELS = {
-    "behaviour": "the answers",
-    "the direction's state share": "in the states",
-    "the direction's readout share": "in what is read from them",
-    "the direction's attention share": "in the attention",
+UNITS = {
+    "nats": ("<b>Do the answers lean more toward wanted?</b>", "change of propensity (nats)"),
+    "AUROC": ("<b>Can wanted be told from unwanted better?</b>", "change of AUROC"),
+    POINTS: ("<b>Does the request weigh more in memory?</b>", "change beyond control spans (percentage points)"),
+    WAY: ("<b>Does the change lie along the direction?</b>", "part of the way to the wanted persona (1)"),
 }
+LABELS = {f"the request's share of {name}": f"in {name}" for name in SHARE_NAMES.values()}
+LABELS["behaviour"] = "the answers"
 SHARES = {
     "state": ("gdn.state", "of the final <b>GDN states</b>"),
     "readout": ("gdn.state", "of what the last token <b>reads</b> from the states"),
@@ -69,11 +58,11 @@ def claims(shift: Shift) -> go.Figure:
     heights, gap = [52 * len(some) for some in groups.values()], 104
     figure = _stacked(title, heights, gap=gap, bottom=104)
     for panel, (unit, some) in enumerate(groups.items(), 1):
-        scale, question, words = UNITS.get(unit, (1.0, "", safe(unit)))
+        question, words = UNITS.get(unit, ("", safe(unit)))
         parts.heading(figure, question, panel=panel)
-        reach = _span_of(((claim.value, claim.bar) for claim in some), scale, unit)
+        reach = _span_of(((claim.value, claim.bar) for claim in some), unit)
         for row, claim in enumerate(some):
-            _claim(figure, claim, row, scale, reach, panel)
+            _claim(figure, claim, row, reach, panel)
         ticks: dict[str, Any] = dict(
             tickvals=list(range(len(some))), ticktext=[safe(LABELS.get(one.name) or one.name) for one in some]
         )
@@ -120,7 +109,7 @@ def along_direction(shift: Shift) -> go.Figure:
     if not sites:
         return not_measured(title, "no layer was compared")
     figure = _stacked(title, [190] * len(sites), gap=92, bottom=132)
-    reach = _span_of(((row.way, row.bar) for row in shift.aligned if row.decides), 1.0, WAY)
+    reach = _span_of(((row.way, row.bar) for row in shift.aligned if row.decides), WAY)
     for panel, name in enumerate(sites, 1):
         rows = [row for row in shift.aligned if row.site == name]
         parts.heading(figure, f"<b>{SITE_NAMES[name]}</b>: part of the way (1: the wanted persona)", panel=panel)
@@ -301,43 +290,43 @@ def _stacked(title: str, heights: Sequence[int], *, gap: int, bottom: int) -> go
     return figure.update_layout(margin=dict(t=top, b=bottom), legend_y=-66 / inside)
 
 
-def _span_of(known_pairs: Iterable[tuple[Estimate, float]], scale: float, unit: str) -> list[float]:
+def _span_of(known_pairs: Iterable[tuple[Estimate, float]], unit: str) -> list[float]:
     """The range of an axis: values, intervals and bars; ways only as far as they mean something."""
     reach: list[float] = []
     for found, bar in known_pairs:
-        reach += [*ends(numbers(found, scale)), *finite([scale * known(bar), -scale * known(bar)])]
+        reach += [*ends(numbers(found)), *finite([known(bar), -known(bar)])]
     if unit == WAY:
         reach = [min(max(value, -FARTHEST), FARTHEST) for value in reach]
     return parts.span(reach)
 
 
-def _outside(found: Estimate, reach: Sequence[float], scale: float = 1.0) -> int:
+def _outside(found: Estimate, reach: Sequence[float]) -> int:
     """On which side of an axis a value falls: -1 below, 1 above, 0 inside."""
-    value = scale * known(found.value)
+    value = known(found.value)
     return -1 if value < reach[0] else 1 if value > reach[1] else 0
 
 
-def _clipped(found: Estimate, reach: Sequence[float], scale: float = 1.0) -> dict[str, float]:
+def _clipped(found: Estimate, reach: Sequence[float]) -> dict[str, float]:
     """Value and interval as far as an axis goes."""
-    seen = numbers(found, scale)
+    seen = numbers(found)
     inside = {key: min(max(seen[key], reach[0]), reach[1]) for key in ("value", "lower", "upper")}
-    return inside if not _outside(found, reach, scale) else {key: inside["value"] for key in inside}
+    return inside if not _outside(found, reach) else {key: inside["value"] for key in inside}
 
 
-def _claim(figure: go.Figure, claim: Claim, row: int, scale: float, reach: Sequence[float], panel: int) -> None:
+def _claim(figure: go.Figure, claim: Claim, row: int, reach: Sequence[float], panel: int) -> None:
     """One claim in its row."""
     if not finite([claim.value.value]):
         parts.absent(figure, row, "no value", panel=panel)
         figure.add_scatter(x=[], y=[], showlegend=False, row=panel, col=1)
         return
-    bar = min(scale * known(claim.bar), max(map(abs, reach)))
+    bar = min(known(claim.bar), max(map(abs, reach)))
     if bar > 0:
         box = dict(fillcolor=PALE, opacity=0.6, line_width=0, layer="below", **parts.axes(panel))
         x0, x1 = max(-bar, reach[0]), min(bar, reach[1])
         figure.add_shape(type="rect", x0=x0, x1=x1, y0=row - 0.42, y1=row + 0.42, **box)
-    seen, side = _clipped(claim.value, reach, scale), _outside(claim.value, reach, scale)
+    seen, side = _clipped(claim.value, reach), _outside(claim.value, reach)
     symbol = {0: "circle", 1: "triangle-right", -1: "triangle-left"}[side] + ("" if claim.shown else "-open")
-    value = scale * claim.value.value
+    value = claim.value.value
     figure.add_scatter(
         x=[seen["value"]], y=[row], mode="markers+text", error_x=parts.bars([seen], TARGET), name=claim.name,
         marker=dict(size=12, color=TARGET, symbol=symbol, line=dict(width=2, color=TARGET)), showlegend=False,
@@ -350,10 +339,15 @@ def claim_words(claim: Claim) -> str:
     return lines(
         f"<b>{safe(claim.name)}</b>",
         f"{estimate(numbers(claim.value))} {safe(claim.unit)}",
-        f"{safe(claim.against)} ±{number(known(claim.bar))}",
+        safe(held_against(claim)),
         f"{claim.value.n} prompts in {claim.value.groups} topics",
         "shown" if claim.shown else "not shown",
     )
+
+
+def held_against(claim: Claim) -> str:
+    """What a claim is held against, and how far that reaches."""
+    return claim.against + (f" ±{number(claim.bar)}" if finite([claim.bar]) else "")
 
 
 def way_words(row: AlignedRow) -> str:
