@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated
 
+import pandas as pd
 import tyro
 from tyro.conf import Positional
 
@@ -16,6 +16,7 @@ from analysis.localization_report import write_localization_report
 from analysis.report import write_report
 from analysis.shift import Shift, open_shift
 from analysis.shift_report import write_shift_report
+from dispositions.runs import claimed, model_slug, slug, variant
 from probes.behaviors import Behavior, check_vocabulary, read_behavior, shipped_behaviors
 from probes.capture import capture
 from probes.criteria import Verdict, open_verdict
@@ -27,7 +28,7 @@ from probes.localize import LocalizeConfig, localize
 from probes.localize import recipe as localize_recipe
 from probes.model import HybridModel, load
 from probes.sites import positions_at
-from probes.store import RECIPE, read_json, recipe_differs, write_json, write_text
+from probes.store import library_versions, write_text
 from probes.verify import GateConfig, recipe, verify
 
 BehaviorName = Annotated[Positional[str], tyro.conf.arg(metavar="BEHAVIOR")]
@@ -52,8 +53,8 @@ class _Asked:
         check_vocabulary(model, behavior)
         return model, behavior
 
-    def folder(self, out: Path | None, before: str, behavior: Behavior, after: str = "") -> Path:
-        return out or Path("runs") / f"{before}{_slug(behavior.name)}-{_model_slug(self.model)}{after}"
+    def folder(self, out: Path | None, kind: str, behavior: Behavior) -> Path:
+        return out or Path("runs") / f"{kind}{slug(behavior.name)}-{model_slug(self.model)}{variant(self)}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,31 +72,34 @@ class Verify(_Asked):
     """
 
     out: Path | None = None
-    """Folder of the run; runs/BEHAVIOR-MODEL when not given. A finished run of the same recipe is not repeated."""
+    """Folder of the run; when not given runs/BEHAVIOR-MODEL, with the options that are not the default. A finished run
+    of the same recipe is not repeated."""
     gate: GateConfig = field(default_factory=GateConfig)
 
     def run(self) -> int:
         model, behavior = self.load()
         out = self.folder(self.out, "", behavior)
         asked = {"kind": "verify", **recipe(model, behavior, self.gate)}
-        if _finished(out, asked, "verdict.json", model, behavior):
-            verdict = open_verdict(out)
-        else:
-            verdict = verify(model, behavior, self.gate)
-            if verdict.direction is not None:
-                save_direction(verdict.direction, out / "direction.safetensors", weights_hash=model.weights_hash)
-            verdict.save(out / "verdict.json")
+        with claimed(out, asked, "verdict.json", model, behavior) as finished:
+            if finished:
+                verdict = open_verdict(out)
+            else:
+                verdict = verify(model, behavior, self.gate)
+                if verdict.direction is not None:
+                    save_direction(verdict.direction, out / "direction.safetensors", weights_hash=model.weights_hash)
+                verdict.save(out / "verdict.json")
         report = write_report(verdict, out / "report.html")
         return _say(verdict, report)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Localize(_Asked):
-    """Tell which carries a behaviour: the residual stream, the recurrent state, or the attention.
+    """Tell what carries a behaviour from token to token, and at which layers and heads it can be given.
 
-    Exchanges what the two personas left in the states, the convolutions, and the keys and values, layer by layer, and
-    gives prompts without a persona the mean difference at each site. Prints a table of causal effects with intervals
-    and controls of equal size, and writes localization.json and report.html.
+    Exchanges what the two personas left in the states, the convolutions, and the keys and values: nothing else crosses
+    tokens, so one of these is named as the carrier. Then gives prompts without a persona the mean difference at each
+    layer of the residual stream, of the states and of the attention heads. Prints a table of causal effects with
+    intervals and controls of equal size, and writes localization.json and report.html.
 
     dispositions localize follow-direction
 
@@ -103,19 +107,20 @@ class Localize(_Asked):
     """
 
     out: Path | None = None
-    """Folder of the run; runs/localize-BEHAVIOR-MODEL when not given. A finished run of the same recipe is not
-    repeated."""
+    """Folder of the run; when not given runs/localize-BEHAVIOR-MODEL, with the options that are not the default. A
+    finished run of the same recipe is not repeated."""
     config: LocalizeConfig = field(default_factory=LocalizeConfig)
 
     def run(self) -> int:
         model, behavior = self.load()
         out = self.folder(self.out, "localize-", behavior)
         asked = {"kind": "localize", **localize_recipe(model, behavior, self.config)}
-        if _finished(out, asked, "localization.json", model, behavior):
-            found = open_localization(out)
-        else:
-            found = localize(model, behavior, self.config)
-            found.save(out / "localization.json")
+        with claimed(out, asked, "localization.json", model, behavior) as finished:
+            if finished:
+                found = open_localization(out)
+            else:
+                found = localize(model, behavior, self.config)
+                found.save(out / "localization.json")
         return _show(found, write_localization_report(found, out / "report.html"))
 
 
@@ -139,8 +144,8 @@ class Compare:
     behavior: str
     """A shipped behaviour (see `dispositions behaviors`) or a JSONL file of contrast pairs with personas."""
     out: Path | None = None
-    """Folder of the run; runs/compare-BEHAVIOR-BASE-TUNED when not given. A finished run of the same recipe is not
-    repeated."""
+    """Folder of the run; when not given runs/compare-BEHAVIOR-BASE-TUNED, with the options that are not the default. A
+    finished run of the same recipe is not repeated."""
     device: Device = "cpu"
     dtype: Dtype = "auto"
     config: CompareConfig = field(default_factory=CompareConfig)
@@ -149,14 +154,15 @@ class Compare:
         behavior = read_behavior(self.behavior)
         before, after = (load(source, device=self.device, dtype=self.dtype) for source in (self.before, self.after))
         check_vocabulary(before, behavior)
-        models = f"{_model_slug(self.before)}-{_model_slug(self.after)}"
-        out = self.out or Path("runs") / f"compare-{_slug(behavior.name)}-{models}"
+        models = f"{model_slug(self.before)}-{model_slug(self.after)}"
+        out = self.out or Path("runs") / f"compare-{slug(behavior.name)}-{models}{variant(self)}"
         asked = compare_recipe(before, after, behavior, self.config)
-        if _finished(out, asked, "shift.json", before, after, behavior):
-            shift = open_shift(out)
-        else:
-            shift = compare(before, after, behavior, self.config)
-            shift.save(out / "shift.json")
+        with claimed(out, asked, "shift.json", before, after, behavior) as finished:
+            if finished:
+                shift = open_shift(out)
+            else:
+                shift = compare(before, after, behavior, self.config)
+                shift.save(out / "shift.json")
         return _show(shift, write_shift_report(shift, out / "report.html"))
 
 
@@ -178,29 +184,27 @@ class Probe(_Asked):
     prompts: int = 96
     """At most this many contrast pairs, spread over the topics."""
     out: Path | None = None
-    """Folder; runs/probe-BEHAVIOR-MODEL-SITE when not given."""
+    """Folder of the run; when not given runs/probe-BEHAVIOR-MODEL, with the options that are not the default. A
+    finished run of the same recipe is not repeated."""
     config: ProbeConfig = field(default_factory=ProbeConfig)
 
     def run(self) -> int:
         model, behavior = self.load()
         behavior = behavior.take(self.prompts, seed=self.config.seed)
-        out = self.folder(self.out, "probe-", behavior, f"-{_slug(self.site)}")
+        out = self.folder(self.out, "probe-", behavior)
         asked = {
             "kind": "probe", "behavior": behavior.name, "behavior_hash": behavior.hash, **model.identity,
             "site": self.site, "layers": self.layers, "prompts": self.prompts, "config": asdict(self.config),
+            "versions": library_versions(),
         }  # fmt: skip
-        _claim(out, asked, "probes.csv")
-        pairs = contrast(model, behavior, site=self.site, layers=self.layers)
-        groups = next(iter(pairs.values())).groups
-        found = probe_all(cells(pairs), groups, site=self.site, config=self.config)
-        print(model)
-        print(behavior)
-        for result in found.results:
-            print(result)
-        write_text(out / "probes.csv", found.frame().to_csv(index=False))
-        print(found)
-        print(out / "probes.csv")
-        return 0
+        table = out / "probes.csv"
+        with claimed(out, asked, table.name, model, behavior) as finished:
+            if not finished:
+                pairs = contrast(model, behavior, site=self.site, layers=self.layers)
+                groups = next(iter(pairs.values())).groups
+                found = probe_all(cells(pairs), groups, site=self.site, config=self.config)
+                write_text(table, found.frame().to_csv(index=False))
+        return _probed(pd.read_csv(table, dtype={"layer": "Int64", "head": "Int64"}), behavior, table)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,7 +234,7 @@ class Capture(_Asked):
     persona: str = "none"
     """Put the system turn of one side in front: none, wanted or unwanted."""
     out: Path | None = None
-    """Folder; runs/capture-BEHAVIOR-MODEL when not given."""
+    """Folder; when not given runs/capture-BEHAVIOR-MODEL, with the options that are not the default."""
 
     def run(self) -> int:
         if self.persona not in ("none", "wanted", "unwanted"):
@@ -278,7 +282,9 @@ class Report:
 
     def run(self) -> int:
         folder = self.run_folder.parent if self.run_folder.is_file() else self.run_folder
-        page = folder / "report.html"
+        page, names = folder / "report.html", ("verdict.json", "localization.json", "shift.json")
+        if not self.run_folder.is_file() and not any((folder / name).is_file() for name in names):
+            raise WrongInput(f"no result at '{self.run_folder}': expected a run folder with one of {', '.join(names)}")
         if (folder / "localization.json").is_file():
             found = open_localization(folder)
             return _show(found, write_localization_report(found, page))
@@ -297,7 +303,22 @@ def _show(found: Localization | Shift, report: Path) -> int:
     return 0
 
 
+def _probed(frame: pd.DataFrame, behavior: Behavior, table: Path) -> int:
+    print(
+        "read after the last prompt token, under one persona and under the other"
+        if behavior.has_persona
+        else "read in the answers themselves, as the behaviour has no personas: their words may be all that differs"
+    )
+    shown = ["layer", "head", "auroc", "auroc_lower", "auroc_upper", "shuffled", "p_adjusted", "significant"]
+    heads = frame["head"].astype("string").fillna("all")
+    print(frame[shown].assign(head=heads).round(3).to_string(index=False))
+    print(f"{frame['significant'].sum()} of {len(frame)} probes significant")
+    print(table)
+    return 0
+
+
 def _say(verdict: Verdict, report: Path) -> int:
+    print(f"judged: {verdict.site} at layer {verdict.layer}, dose {verdict.dose:g}")
     for criterion in verdict.criteria:
         print(criterion)
     print(f"{verdict.verdict}: {verdict.sentence}")
@@ -318,42 +339,3 @@ def _positions(words: tuple[str, ...], sites: tuple[str, ...]) -> str | dict[str
         raise WrongInput(f"positions are one word, and SITE=WORD once for a site; saw {' '.join(words)}")
     everywhere = rest[0] if rest else "last"
     return {site: positions_at(site, everywhere) for site in sites} | by_site if by_site else everywhere
-
-
-def _finished(out: Path, asked: dict, result: str, *subjects: object) -> bool:
-    """Claim the run folder, say what is asked about, and tell whether the result is there already."""
-    finished = _claim(out, asked, result) and (out / result).is_file()
-    print(*subjects, sep="\n")
-    if finished:
-        print(f"{out} holds this result already")
-    return finished
-
-
-def _claim(out: Path, asked: dict, result: str) -> bool:
-    """Take a run folder for a recipe whose result is written last; True when it already holds this recipe.
-
-    Raises:
-        WrongInput: it is a file, or it holds another recipe.
-    """
-    if out.exists() and not out.is_dir():
-        raise WrongInput(f"'{out}' is a file; --out must be a folder")
-    if (out / RECIPE).is_file():
-        old = read_json(out / RECIPE)
-        if not isinstance(old, dict):
-            raise WrongInput(f"'{out / RECIPE}' is not a recipe; choose another --out or remove it")
-        difference = recipe_differs(old, asked)
-        # a run that stopped before its result has nothing to lose; another kind of run does
-        if difference and (old.get("kind") != asked["kind"] or (out / result).is_file()):
-            raise WrongInput(f"'{out}' holds another recipe ({difference}); choose another --out or remove it")
-        if not difference:
-            return True
-    write_json(out / RECIPE, asked)
-    return False
-
-
-def _model_slug(source: str) -> str:
-    return _slug(Path(source).name.removesuffix(".gguf"))
-
-
-def _slug(text: str) -> str:
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", text)

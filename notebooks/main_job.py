@@ -111,8 +111,9 @@ pd.DataFrame(
 # %% [markdown]
 # ## Steer
 #
-# `steer` adds the direction to the stream while its block runs, and leaves no trace afterwards. Here the layer is the
-# one where the two sides are furthest apart, and the dose is a guess; the gate below picks both by measuring.
+# `steer` adds the direction to the stream while its block runs, and leaves no trace afterwards. Phase "prefill" edits
+# the prompt's tokens and leaves the answer free. Here the layer is the one where the two sides are furthest apart, and
+# the dose is a guess; the gate below picks both by measuring.
 
 # %%
 direction, dose = max(directions.values(), key=lambda d: d.gap / d.norm), 0.25
@@ -120,7 +121,7 @@ print(direction)
 prompts = [i.prompt(model) for i in held_out.items[:4]]
 answers = {"prompt": [i.messages[-1]["content"] for i in held_out.items[:4]]}
 for label, strength in (("unsteered", 0.0), ("steered", dose), ("against", -dose)):
-    with steer(model, direction, dose=strength):
+    with steer(model, direction, dose=strength, phase="prefill"):
         answers[label] = generate(model, prompts, max_new_tokens=16)
 pd.DataFrame(answers).style.set_properties(**{"text-align": "left", "white-space": "pre-wrap"})
 
@@ -133,7 +134,7 @@ pd.DataFrame(answers).style.set_properties(**{"text-align": "left", "white-space
 # %%
 prepared = prepare(model, held_out)
 before = propensity(model, prepared)
-with steer(model, direction, dose=dose):
+with steer(model, direction, dose=dose, phase="prefill"):
     after = propensity(model, prepared)
 print("before: ", before)
 print("after:  ", after)
@@ -150,7 +151,7 @@ scores.groupby("group").mean(numeric_only=True).round(2)
 general, limit, rows = read_general(model).take(8), GateCriteria().perplexity_ratio, []
 plain = surprise(model, general)
 for strength in (-1.0, -0.75, -0.5, -0.25, 0.0, 0.25, 0.5, 0.75, 1.0):
-    with steer(model, direction, dose=strength):
+    with steer(model, direction, dose=strength, phase="prefill"):
         lean, edited = propensity(model, prepared).estimate(), surprise(model, general)
     ratio = perplexity_ratio(general, plain, edited)
     rows.append({"dose": strength, "propensity": lean.as_dict(), "perplexity_ratio": ratio})
@@ -166,7 +167,7 @@ figures.dose_curve(rows, working=dose, limit=limit)
 # it breaks. The rules are fixed beforehand in `GateCriteria`. This configuration is smaller than the default one.
 
 # %%
-config = GateConfig(prompts=24, search_prompts=12, generations=6, max_new_tokens=16, general_texts=12)
+config = GateConfig(prompts=24, search_prompts=12, generations=8, max_new_tokens=16, general_texts=30)
 verdict = verify(model, behavior, config)
 print(verdict)
 

@@ -78,7 +78,7 @@ figures.state_heatmap(
     {layer: mean_difference(both).tensor.norm(dim=(1, 2)) * mean_difference(both).gap for layer, both in pairs.items()},
     kinds=kinds,
     title="How far the personas part the states",
-    unit="norm of the mean difference, one row for each value head",
+    unit="norm of the mean difference",
 )
 
 # %% [markdown]
@@ -118,7 +118,10 @@ last = torch.tensor([[len(tokens) - 1]])
 read = Directions.of(direction.tensor, rank=min(direction.shape[1:]))
 parts = attribute_readout(x, read, at=last)
 head = int(parts.whole[0, 0].abs().argmax())
-print(f"head {head}: parts {float(parts.tokens[0, 0, head].sum()):.4f}, whole {float(parts.whole[0, 0, head]):.4f}")
+whole = scan(x, directions=read).readouts[0, -1, head]  # what the state says after the last token, from a scan
+print(
+    f"head {head}: the tokens' parts add up to {float(parts.tokens[0, 0, head].sum()):.4f}, the state says {whole:.4f}"
+)
 HTML(figures.attribution_text(tokens, parts.shares[0, 0, head], title=f"Who wrote it: layer {best}, head {head}"))
 
 # %% [markdown]
@@ -126,7 +129,8 @@ HTML(figures.attribution_text(tokens, parts.shares[0, 0, head], title=f"Who wrot
 
 # %%
 trajectory = scan(x, directions=read).readouts
-spans = {name: span for name, span in spoken.spans.items()}
+named = {"context": "context", "direction": "request", "decision": "decision"}
+spans = {named[name]: span for name, span in spoken.spans.items()}
 figures.readout_trajectories(
     {f"head {h}": trajectory[0, :, h] for h in range(trajectory.shape[2])},
     tokens,

@@ -61,10 +61,10 @@ class Row:
 
     def __str__(self) -> str:
         name = (CHANNEL_NAMES if self.kind == "exchange" else SITES)[self.carrier]
-        share = f"{100 * self.share + 0.0:7.1f} %" if math.isfinite(self.share) else " " * 9
-        interval = f"[{self.effect.lower:.2f}, {self.effect.upper:.2f}]"
+        share = f"{_rounded(100 * self.share, 1):>7} %" if math.isfinite(self.share) else " " * 9
+        interval = f"[{_rounded(self.effect.lower)}, {_rounded(self.effect.upper)}]"
         return (
-            f"{self.kind:<9}{name:<16}{self.where:<17}{self.effect.value:>7.2f} {interval:<17}{share}   "
+            f"{self.kind:<9}{name:<16}{self.where:<17}{_rounded(self.effect.value):>7} {interval:<17}{share}   "
             f"±{self.bar:<6.2f} {'shown' if self.shown else '-'}"
         )
 
@@ -148,8 +148,13 @@ def _real(value: float | None) -> float:
     return math.nan if value is None else value  # JSON has no NaN
 
 
+def _rounded(value: float, digits: int = 2) -> str:
+    """Without a sign on zero."""
+    return f"{round(value, digits) + 0.0:.{digits}f}"
+
+
 def _percent(share: float) -> str:
-    return f"{round(100 * share) + 0} %"
+    return f"{_rounded(100 * share, 0 if abs(share) >= 0.0995 else 1)} %"
 
 
 def conclude(

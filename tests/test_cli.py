@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,11 @@ from pathlib import Path
 import pytest
 
 from dispositions.__main__ import main
+from dispositions.commands import Probe, Verify
+from dispositions.runs import variant
 from probes.behaviors import SHIPPED
+from probes.criteria import GateCriteria
+from probes.gate import GateConfig
 
 QUICK = ["--layers", "4", "--prompts", "12", "--search-prompts", "8", "--controls", "2", "--generations", "2",
          "--general-texts", "8", "--max-new-tokens", "8"]  # fmt: skip
@@ -138,7 +143,7 @@ def files(tmp_path) -> Path:
         (["capture", "sentiment", "--positions", "first", "--out", "{}/c"], "first"),
         (["capture", "sentiment", "--persona", "kind", "--out", "{}/c"], "unknown persona 'kind'; allowed are"),
         (["behaviors", "kindness"], "unknown behaviour 'kindness'"),
-        (["report", "{}"], "no verdict at"),
+        (["report", "{}"], "expected a run folder with one of verdict.json, localization.json, shift.json"),
         (["report", "{}/plain.txt"], "not JSON"),
     ],
 )
@@ -151,6 +156,27 @@ def test_wrong_input_is_one_clear_line_and_exit_code_2(files, capsys, monkeypatc
     assert message in said[0]
     assert "Traceback" not in err
     assert not list(files.glob("runs/*/verdict.json"))
+
+
+def test_refused_input_leaves_no_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for arguments in (
+        ["verify", "sentiment", "--layers", "12"], ["probe", "sentiment", "--site", "gdn.stat"],
+        ["localize", "sentiment", "--layers", "12"],
+        ["compare", "organism", "organism-state", "--behavior", "sentiment"],
+    ):  # fmt: skip
+        assert run(capsys, *arguments)[0] == 2
+    assert not list(tmp_path.glob("runs/*"))
+
+
+def test_a_folder_is_called_after_what_is_not_the_default():
+    gate = GateConfig(site="gdn.state", shuffle_labels=True, seed=3, layers=(2, 4), criteria=GateCriteria(auroc=0.8))
+    assert variant(Verify(behavior="sentiment", gate=GateConfig())) == ""
+    verify = Verify(behavior="x", model="y", gate=gate)
+    assert variant(verify) == "-layers-2-4-gdn.state-shuffle_labels-seed-3-auroc-0.8"
+    assert variant(Probe(behavior="x", site="resid", dtype="float32")) == "-float32-resid"
+    many = GateConfig(prompts=90, search_prompts=30, controls=99, generations=9, general_texts=9, max_new_tokens=99)
+    assert re.fullmatch("-[0-9a-f]{8}", variant(Verify(behavior="x", gate=many)))
 
 
 def test_localize_names_the_carrier_and_leaves_a_page(tmp_path, capsys):
@@ -173,11 +199,15 @@ def test_localize_names_the_carrier_and_leaves_a_page(tmp_path, capsys):
 
 def test_probe_tells_where_the_sides_can_be_read(tmp_path, capsys):
     out = tmp_path / "probes"
-    code, said, _ = run(
-        capsys, "probe", "sentiment", "--layers", "0,4", "--prompts", "32", "--shuffles", "19", "--out", str(out)
-    )
+    quick = ["probe", "sentiment", "--layers", "0,4", "--prompts", "32", "--shuffles", "19", "--out", str(out)]
+    code, said, _ = run(capsys, *quick)
     assert code == 0
-    assert "gdn.state 4 head 1: AUROC 1 " in said
+    assert re.search(r"\n +4 +1 +1\.000 .* True\n", said)
+    assert "under one persona and under the other" in said
+    written = (out / "probes.csv").stat().st_mtime_ns
+    code, again, _ = run(capsys, *quick)
+    assert again.replace(f"{out} holds this result already\n", "") == said
+    assert (out / "probes.csv").stat().st_mtime_ns == written
     table = (out / "probes.csv").read_text().splitlines()
     assert table[0].startswith("site,layer,head,auroc")
     assert len(table) == 1 + 2 * 3  # two layers, each whole and by two heads

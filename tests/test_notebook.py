@@ -89,6 +89,7 @@ def test_notebook_draws_its_figures(executed):
 def test_notebook_says_what_happened_and_leaves_a_report(executed):
     notebook, folder = executed
     verdict = open_verdict(folder / "runs" / "notebook")
+    assert verdict.verdict == "PASS"
     assert str(verdict) in printed(notebook)
     assert verdict.verdict in (folder / "runs" / "notebook" / "report.html").read_text(encoding="utf-8")[:2000]
     assert all(cell.get("outputs") for cell in notebook.cells if cell.cell_type == "code")

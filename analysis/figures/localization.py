@@ -204,12 +204,12 @@ def _legend(figure: go.Figure, rows: Sequence[Row], kinds: Any, percentile: str)
             parts.legend(figure, label, color, symbol)
     if not all(row.shown for row in rows):
         parts.legend(figure, "hollow: not clear of zero and controls, or negligible", MUTED, "circle-open")
-    parts.legend(figure, f"grey bar: {percentile} of controls of equal size lie inside", PALE, "square")
+    parts.legend(figure, f"grey bar: what controls of equal size reach ({percentile} percentile)", PALE, "square")
 
 
 def _percentile(localization: Localization) -> str:
     config: Mapping[str, Any] = localization.recipe.get("config") or {}
-    return f"{config.get('percentile', 95):g}%"
+    return f"{config.get('percentile', 95):g}th"
 
 
 def _reach(rows: Any) -> list[float]:
