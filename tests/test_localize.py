@@ -2,8 +2,10 @@
 
 import math
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 
 from probes.behaviors import read_behavior
@@ -11,10 +13,10 @@ from probes.controls import random_direction
 from probes.directions import contrast, mean_difference
 from probes.errors import WrongInput
 from probes.localization import Row, conclude, open_localization
-from probes.localize import LocalizeConfig, localize, recipe
-from probes.prefixes import continued, prefixes
+from probes.localize import LocalizeConfig, _Work, localize, recipe
+from probes.prefixes import continued, disturbed, exchanged, prefixes
 from probes.propensity import prepare, propensity
-from probes.stats import Estimate
+from probes.stats import Estimate, derived_seed
 from probes.steering import steer, steer_first
 
 QUICK = LocalizeConfig(prompts=12, controls=19, layer_controls=2)
@@ -41,6 +43,76 @@ def test_shares_are_what_the_effects_are_of_the_personas(found):
         assert row.share == pytest.approx(row.effect.value / found.persona.value)
         assert row.effect.lower <= row.effect.value <= row.effect.upper
         assert len(row.controls) == (19 if row.layer is None else 2)
+        assert row.bar == pytest.approx(np.percentile(np.abs(row.controls), 95))
+        assert row.least == pytest.approx(QUICK.least_share * found.persona.value)
+
+
+@pytest.fixture(scope="module")
+def split():
+    """The topics that directions come from, and the prompts that are judged."""
+    fit, held = read_behavior("follow-direction").split(held_out=0.4, seed=0)
+    return fit, held.take(12, seed=0)
+
+
+def row_of(found, kind, carrier, layer, head=None):
+    (one,) = [r for r in found.rows if (r.kind, r.carrier, r.layer, r.head) == (kind, carrier, layer, head)]
+    return one
+
+
+@pytest.mark.parametrize(
+    ("channel", "layer", "head"),
+    [("state", 4, 1), ("state", 5, None), ("attention", 3, None), ("convolution", None, None)],
+)
+def test_an_exchange_is_the_mean_of_both_ways_beside_its_controls(organism, found, split, channel, layer, head):
+    """Put together anew from what one exchange and one disturbance do."""
+    sides = prefixes(organism, *(prepare(organism, split[1], persona=side) for side in ("wanted", "unwanted")))
+    wanted, unwanted = sides
+    plain = [continued(organism, side) for side in sides]
+    how: dict[str, Any] = {"channel": channel, "layers": [layer] if layer else [0, 1, 2, 4, 5, 6], "head": head}
+
+    def lost(change):
+        return float(np.mean(plain[0].minus(continued(organism, wanted.each(change, unwanted)))))
+
+    def gained(change):
+        return float(np.mean(continued(organism, unwanted.each(change, wanted)).minus(plain[1])))
+
+    row, swap = row_of(found, "exchange", channel, layer, head), partial(exchanged, organism, **how)
+    assert row.effect.value == pytest.approx((lost(swap) + gained(swap)) / 2, abs=1e-3)
+    for i in range(2):  # by turns on either side
+        seed = derived_seed(0, f"exchange {channel} {layer} {head}", i)
+        change = partial(disturbed, organism, **how, seed=seed)
+        assert row.controls[i] == pytest.approx((lost, gained)[i](change), abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("site", "layer", "head"),
+    [("resid", 4, None), ("gdn.state", 4, 1), ("gdn.state", 5, None), ("attn.heads", 7, None)],
+)
+def test_a_gift_is_half_the_gap_added_and_subtracted(organism, found, split, site, layer, head):
+    """By steering whole prompts."""
+    fit, judged = split
+    pairs = contrast(organism, fit, site=site, layers=[layer], progress=False)[layer]
+    direction = mean_difference(pairs if head is None else pairs.only([head]))
+    dose, prepared = direction.gap / 2 / direction.norm, prepare(organism, judged)
+
+    def moved(one):
+        scores = []
+        for sign in (1, -1):
+            with steer(organism, one, dose=sign * dose, phase="prefill", last=1):
+                scores.append(propensity(organism, prepared))
+        return float(np.mean(scores[0].minus(scores[1])))
+
+    row = row_of(found, "give", site, layer, head)
+    assert row.effect.value == pytest.approx(moved(direction), abs=3e-3)
+    for i, control in enumerate(row.controls):
+        drawn = random_direction(direction, seed=derived_seed(0, f"give {site} {layer} {head}", i))
+        assert control == pytest.approx(moved(drawn), abs=3e-3)
+
+
+def test_heads_are_those_of_what_is_exchanged_or_given(tiny):
+    work = _Work(tiny, read_behavior("sentiment"), QUICK, False)
+    seen = {carrier: work.head_count(carrier) for carrier in ("state", "gdn.state", "attention", "attn.heads")}
+    assert seen == {"state": 4, "gdn.state": 4, "attention": 2, "attn.heads": 4}
 
 
 def test_the_personas_effect_is_that_of_whole_prompts(organism, found):
@@ -82,6 +154,8 @@ def test_attention_is_named_where_there_is_nothing_else(llama):
     assert result.carrier in ("attention", "not shown")
     whole = next(row for row in result.rows if row.layer is None)
     assert whole.share == pytest.approx(1.0, abs=1e-4)
+    strict = replace(QUICK, prompts=8, layer_controls=1, head_layers=0, least_groups=99)
+    assert "too few to decide on, 99 are needed" in localize(llama, read_behavior("sentiment"), strict).sentence
 
 
 def test_without_personas_only_gifts_are_left(organism):

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from typing import Any
 
 import pytest
@@ -9,8 +10,9 @@ import torch
 
 from probes.behaviors import read_behavior
 from probes.errors import WrongInput
-from probes.prefixes import CHANNELS, Channel, continued, disturbed, exchanged, prefixes
+from probes.prefixes import CHANNELS, Channel, _masked, continued, disturbed, exchanged, prefixes
 from probes.propensity import prepare, propensity
+from probes.taps import AttentionCall
 
 GDN, ATTENTION = (0, 1, 2, 4, 5, 6), (3, 7)
 LAYERS: dict[Any, tuple[int, ...]] = {"state": GDN, "convolution": GDN, "attention": ATTENTION}
@@ -118,20 +120,42 @@ def test_controls_are_as_far_away_as_the_exchange_and_elsewhere(tiny, both):
         ("keys", "attention", 3),
         ("values", "attention", 3),
     ]
-    for name, channel, layer in cases:
-        two = begun.each(partial(disturbed, tiny, channel=channel, layers=[layer], seed=1), other)
+    for (name, channel, layer), (here, there) in product(cases, ((begun, other), (other, begun))):
+        two = here.each(partial(disturbed, tiny, channel=channel, layers=[layer], seed=1), there)
         part = 0
-        found = [getattr(p.parts[part].cache.layers[layer], name) for p in (begun, two, other)]
+        found = [getattr(p.parts[part].cache.layers[layer], name) for p in (here, two, there)]
         own, new, foreign = (v[0] if isinstance(v, dict) else v for v in found)
         if channel == "attention":  # what only one prompt has counts in the norm, and is not touched itself
-            mine, theirs = (p.parts[part].mask[:, :-1].bool() for p in (begun, other))
+            mine, theirs = (p.parts[part].mask[:, :-1].bool() for p in (here, there))
             assert torch.equal(new.transpose(1, 2)[~(mine & theirs)], own.transpose(1, 2)[~(mine & theirs)])
             true = foreign * theirs[:, None, :, None] - own * mine[:, None, :, None]
             true, drawn = (x.norm(dim=(2, 3)) for x in (true, new - own))
         else:
+            moved, turned = (x[0] - own[0] for x in (foreign, new))  # [channel kernel]
+            signs = {
+                sign: sum(bool(torch.isclose(moved, sign * row, atol=1e-6).all(1).any()) for row in turned)
+                for sign in (1, -1)
+            }
+            assert min(signs.values()) > len(turned) / 4
             true, drawn = ((x - own).flatten(1).norm(dim=1) for x in (foreign, new))
         assert torch.allclose(true, drawn, rtol=1e-3, atol=1e-4)
         assert not torch.allclose(new, foreign, atol=1e-2)
+
+
+def test_each_query_head_sees_the_tokens_of_its_own_key_head():
+    """Two queries over five keys: three that the heads see differently, then the queries' own."""
+    seen = torch.tensor([[[1, 0, 1], [0, 1, 1]]])
+    q, k = torch.zeros(1, 4, 2, 8), torch.zeros(1, 2, 5, 8)
+    masks = []
+
+    def run(call):
+        masks.append(call.mask)
+        return q, None
+
+    _masked(seen)(AttentionCall(q=q, k=k, v=k, mask=None, scaling=1.0), run)
+    first, second = [1, 0, 1], [0, 1, 1]
+    expected = [[[*row, 1, 0], [*row, 1, 1]] for row in (first, first, second, second)]
+    assert masks[0].long()[0].tolist() == expected
 
 
 def test_seeds_decide_the_controls(tiny, both):

@@ -10,18 +10,19 @@ import pytest
 import torch
 from transformers import Qwen3_5ForCausalLM
 
-from analysis.alignment import check_pair, corrected, redrawn
+from analysis.alignment import NULLS, AlignedRow, Thresholds, align, check_pair, corrected, random_cosines, redrawn
 from analysis.attention import control_spans, span_shares
-from analysis.compare import CompareConfig, compare
+from analysis.compare import CompareConfig, _difference, compare
 from analysis.shift import FRAMES, conclude, open_shift
-from analysis.states import Change
+from analysis.states import Change, Topics
 from probes.behaviors import read_behavior
 from probes.capture import RECURRENCE, capture
-from probes.directions import contrast, mean_difference
+from probes.controls import random_direction
+from probes.directions import Pairs, contrast, mean_difference
 from probes.errors import WrongInput
 from probes.model import HybridModel
 from probes.prompts import Prompt
-from probes.stats import Estimate
+from probes.stats import Estimate, derived_seed
 from probes.store import recipe_differs
 from tests.conftest import qwen_config
 from training.grammar import PERSONA_WORDS
@@ -77,6 +78,10 @@ def test_noise_moves_the_states_but_not_toward_the_behaviour(organism, behavior,
     shift = compare(organism, with_noise(organism, size, seed), behavior, SMALL, progress=False)
     assert shift.moved.overall
     assert shift.moved.overall.lower > 0.02
+    assert shift.moved.overall.value == pytest.approx(np.mean([row.relative.value for row in shift.moved.rows]))
+    assert all(len(row.updates) == SMALL.updates and any(row.updates) for row in shift.shares)
+    bars = {claim.name: claim.bar for claim in shift.claims}
+    assert bars["behaviour"] == pytest.approx(SMALL.least_way * shift.persona.value / 2)
     assert (shift.conclusion, shift.sense) == ("no", "neither")
     assert shift.sentence.startswith("moved, but not toward the behaviour: the GDN states moved by")
 
@@ -231,6 +236,91 @@ def test_what_cannot_be_concluded_is_said(change, answers, persona, said):
     )  # fmt: skip
     assert found[:2] == ("not shown", "neither")
     assert re.match(said, found[2].removeprefix("the GDN states moved by 20 % of their norm, ")), found[2]
+
+
+def pairs_at(layer, gap, noise, *, features=64, n=40):
+    """Sides that lie `gap` apart along the first axis, under noise."""
+    generator = torch.Generator().manual_seed(layer)
+    wanted, unwanted = noise * torch.randn(2, n, features, generator=generator)
+    wanted[:, 0] += gap
+    wanted[:, 1] += 10
+    unwanted[:, 1] += 10  # what both have: norms are about 10
+    groups = tuple(f"g{i % 8}" for i in range(n))
+    return Pairs(
+        layer=layer, wanted=wanted, unwanted=unwanted, groups=groups, behavior="made", contrast="persona", shape=(64,)
+    )
+
+
+def test_alignment_is_told_in_halves_of_the_gap_and_only_where_the_direction_means_something():
+    """Layers: 0 a small gap, 1 an unreliable direction, 2 a shift of 0.6 of the way, 3 one of 0.02."""
+    limits = Thresholds(least_way=0.05, least_gap=0.1, least_reliability=0.8, confidence=0.95)
+    pairs = {0: pairs_at(0, 0.3, 0.001), 1: pairs_at(1, 1.2, 3.0), 2: pairs_at(2, 4, 0.1), 3: pairs_at(3, 4, 0.1)}
+    directions = {layer: mean_difference(pair) for layer, pair in pairs.items()}
+    assert directions[1].gap / directions[1].norm > 0.1
+    topics, ways = Topics([f"g{i % 6}" for i in range(24)]), {0: 0.6, 1: 0.6, 2: 0.6, 3: 0.02}
+    spread = torch.randn(24, 64, generator=torch.Generator().manual_seed(9))
+    changes = {
+        layer: ways[layer] * (d.gap / 2) * (d.vector + 1e-3 * (spread - (spread @ d.vector)[:, None] * d.vector))
+        for layer, d in directions.items()
+    }
+    still = {layer: np.linspace(-0.01, 0.01, 39) for layer in pairs}
+    rows = align(topics, changes, pairs, directions, still, draws=60, seed=0, thresholds=limits)
+    assert [row.way.value for row in rows] == pytest.approx([0.6, 0.6, 0.6, 0.02], abs=1e-4)
+    assert [row.decides for row in rows] == [False, False, True, True]
+    assert [row.beyond for row in rows] == [False, False, True, False]  # 0.02 of the way is negligible
+    mean, seed = changes[2].mean(0), derived_seed(0, "layer 2")
+    drawn = [random_direction(directions[2], seed=derived_seed(seed, "shift random", i)).vector for i in range(60)]
+    cosines = [float(vector @ mean / mean.norm()) for vector in drawn]
+    assert random_cosines(mean, directions[2], draws=60, seed=seed) == pytest.approx(cosines, abs=1e-6)
+    common = {layer: np.ones(39) for layer in pairs}  # any change of these weights would do as much
+    again = align(topics, changes, pairs, directions, common, draws=60, seed=0, thresholds=limits)
+    assert [row.beyond for row in again] == [False] * 4
+    assert again[2].p["updates"] == 1
+    assert again[2].p["random"] == rows[2].p["random"] == pytest.approx(1 / 61)
+
+
+def aligned_row(way, *, beyond=True, layer=4):
+    value = Estimate(value=way, lower=way - 0.1, upper=way + 0.1, n=24, groups=6)
+    nulls: dict[str, float] = {name: 0.01 for name in NULLS}
+    return AlignedRow(
+        site="gdn.state", layer=layer, way=value, cosine=0.5, size=0.1, gap=0.4, reliability=0.9, decides=True, p=nulls,
+        bars=nulls, bar=0.1, beyond=beyond,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("rows", "answers", "found", "said"),
+    [
+        ([aligned_row(0.5)], 2.0, ("direction-shaped", "toward"), "moved toward the behaviour along its direction"),
+        ([aligned_row(-0.5)], -2.0, ("no", "away"), "moved, but away from the behaviour"),
+        ([aligned_row(0.5)], -2.0, ("not shown", "neither"), "the answers did not follow"),
+        ([aligned_row(0.5)], 0.15, ("not shown", "neither"), "the answers did not follow"),  # of 8 nats: negligible
+        ([aligned_row(0.5), aligned_row(-0.5)], 2.0, ("not shown", "neither"), "moved in different senses"),
+        ([aligned_row(0.5, beyond=False)], 2.0, ("not shown", "neither"), "unclear: .*, and yet the answers moved"),
+        ([aligned_row(0.5, beyond=False)], 0.0, ("no", "neither"), "moved, but not toward the behaviour"),
+    ],
+)
+def test_the_conclusion_weighs_the_states_against_the_answers(rows, answers, found, said):
+    def about(value, apart=0.1):
+        return Estimate(value=value, lower=value - apart, upper=value + apart, n=24, groups=6)
+
+    answered = Change(before=about(0), after=about(answers), change=about(answers))
+    conclusion, sense, sentence = conclude(
+        site="gdn.state", change=about(0.2), equal=False, answers=answered, persona=about(8.0), rows=rows,
+        least_change=0.01, least_way=0.05, least_groups=5,
+    )  # fmt: skip
+    assert (conclusion, sense) == found
+    assert re.search(said, sentence), sentence
+
+
+def test_the_difference_of_two_estimates_has_the_interval_of_both():
+    """MOVER: the lower end comes from the later one's lower and the earlier one's upper end."""
+    before = Estimate(value=0.8, lower=0.7, upper=0.84, n=24, groups=6)
+    after = Estimate(value=0.9, lower=0.87, upper=0.98, n=24, groups=6)
+    change = _difference(before, after, False).change
+    assert change.value == pytest.approx(0.1)
+    assert change.lower == pytest.approx(0.1 - 0.05)  # hypot(0.03, 0.04)
+    assert change.upper == pytest.approx(0.1 + np.hypot(0.08, 0.1))
 
 
 @pytest.mark.parametrize(
