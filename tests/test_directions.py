@@ -23,6 +23,9 @@ from probes.directions import (
 from probes.errors import WrongInput
 
 
+SIDES = ("wanted", "unwanted")
+
+
 def made(signal: float, *, n: int = 64, noise: float = 1.0, seed: int = 0) -> Pairs:
     """Pairs whose difference is `signal` along the first axis, plus noise."""
     generator = torch.Generator().manual_seed(seed)
@@ -182,6 +185,16 @@ def test_a_whitened_direction_is_the_discriminant_of_scikit_learn():
 def test_a_whitened_state_forgets_the_loud_rows():
     """Rows 0 and 5 differ alike, row 5 under 15 times the noise: dividing by the covariance leaves row 0."""
     raw, white = mean_difference(states(n=400)).tensor[1, :, 2], whitened(states(n=400)).tensor[1, :, 2]
+    assert abs(float(raw[5] / raw[0])) > 0.4
+    assert abs(float(white[5] / white[0])) < 0.1
+
+
+def test_a_whitened_state_forgets_the_loud_columns():
+    """The same with rows and columns exchanged."""
+    loud = states(n=400)
+    turned = {side: getattr(loud, side).unflatten(1, (3, 6, 8)).transpose(2, 3).flatten(1) for side in SIDES}
+    pairs = replace(loud, **turned, shape=(3, 8, 6))
+    raw, white = mean_difference(pairs).tensor[1, 2], whitened(pairs).tensor[1, 2]
     assert abs(float(raw[5] / raw[0])) > 0.4
     assert abs(float(white[5] / white[0])) < 0.1
 

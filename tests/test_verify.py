@@ -249,6 +249,8 @@ def test_wrong_configurations_are_refused(tiny):
         GateConfig(doses=(0.0, 0.5))
     with pytest.raises(WrongInput, match="doses must be finite"):
         GateConfig(doses=(-1.0, 0.0, 0.5, 1.0, math.nan))
+    with pytest.raises(WrongInput, match="shuffle_labels has no effect on a random direction"):
+        GateConfig(shuffle_labels=True, direction="random")
     with pytest.raises(WrongInput, match="general_texts must be at least 3, saw 1"):
         GateConfig(general_texts=1)
     with pytest.raises(WrongInput, match="held_out must lie between 0 and 1"):
