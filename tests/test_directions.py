@@ -22,7 +22,6 @@ from probes.directions import (
 )
 from probes.errors import WrongInput
 
-
 SIDES = ("wanted", "unwanted")
 
 
