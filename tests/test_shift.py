@@ -20,6 +20,7 @@ from probes.capture import RECURRENCE, capture
 from probes.controls import random_direction
 from probes.directions import Pairs, contrast, mean_difference
 from probes.errors import WrongInput
+from probes.linear import ProbeConfig, cells, probe_all
 from probes.model import HybridModel
 from probes.prompts import Prompt
 from probes.stats import Estimate, derived_seed
@@ -98,6 +99,13 @@ def test_a_planted_shift_is_found_with_its_sense_and_survives_a_file(organism, b
     assert found[4].bar < 0.5
     stream = [row for row in shift.aligned if row.site == "resid"]
     assert all(row.cosine > 0.7 for row in stream)  # the plant goes straight to the stream, cosine 0.79 to 1.00
+    sample = behavior.take(SMALL.prompts, seed=0)
+    asked = ProbeConfig(shuffles=SMALL.shuffles, seed=0)
+    for model, side in ((organism, "before"), (planted(organism, 1.5), "after")):
+        pairs = contrast(model, sample, site="gdn.state", layers=[4, 5, 6], progress=False)
+        groups = [item.group for item in sample.items]
+        alone = probe_all(cells(pairs, heads=False), groups, site="gdn.state", config=asked, progress=False).results
+        assert [getattr(row.auroc, side).value for row in shift.probes] == [one.auroc.value for one in alone]
     assert organism.weights_hash == before
     again = open_shift(shift.save(tmp_path / "shift.json"))
     assert recipe_differs(again.recipe, shift.recipe) is None
