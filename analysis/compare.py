@@ -35,7 +35,7 @@ from probes.linear import ProbeConfig, ProbeResult, cells, probe_all
 from probes.model import HybridModel
 from probes.propensity import prepare, propensity
 from probes.sites import having
-from probes.stats import Estimate, derived_seed
+from probes.stats import Estimate, derived_seed, jackknife
 from probes.store import library_versions
 
 _SHARES = ("held_out", "least_change", "least_way", "least_gap", "least_reliability")
@@ -327,8 +327,12 @@ def _claim(name: str, value: Estimate, unit: str, bar: float, against: str) -> C
 def _probe_row(before: ProbeResult, after: ProbeResult, *, same: bool) -> ProbeRow:
     if before.layer is None:
         raise RuntimeError("a probe was fitted at no layer")
+    one, other = before.auroc, after.auroc
+    change = jackknife(
+        other.value - one.value, after.without - before.without, n=one.n, seed=one.seed, confidence=one.confidence
+    )
     return ProbeRow(
-        site=before.site, layer=before.layer, head=before.head, auroc=_difference(before.auroc, after.auroc, same),
+        site=before.site, layer=before.layer, head=before.head, auroc=Change(before=one, after=other, change=change),
         selectivity=_difference(before.selectivity, after.selectivity, same),
         significant=(before.significant, after.significant),
     )  # fmt: skip

@@ -53,8 +53,8 @@ FRAMES = ("moved", "probes", "shares", "aligned", "claims")
 class ProbeRow:
     """How well wanted can be told from unwanted at one layer (head None: all heads together), before and after.
 
-    The interval of a change takes those of both sides as independent (Zou & Donner 2008); since both were scored on the
-    same topics it is too wide rather than too narrow. `significant`: before, after; corrected over all rows.
+    The interval of a change of AUROC is a jackknife over topics, of both sides at once. That of selectivity takes both
+    sides as independent (Zou & Donner 2008). `significant`: before, after; corrected over all rows.
     """
 
     site: str

@@ -7,9 +7,9 @@ S' of the second, after the last token of the same prompt:
     cosine            <S, S'> / (|S| |S'|): a state that was only scaled has cosine 1
     angles            between the subspaces of the strongest singular vectors, left ones for keys, right ones for
                       values (principal angles, averaged, in degrees): does the state hold other keys, or other values?
-    CKA               whether the prompts still differ from each other in the same way (linear, arXiv:1905.00414).
-                      It is close to 1 more easily the more features there are for each prompt: compare heads of equal
-                      size only
+    CKA               whether the prompts still differ from each other in the same way (linear, arXiv:1905.00414, with
+                      the unbiased estimate of its parts, arXiv:2010.15327: unrelated states give about 0 however
+                      many features there are for each prompt)
     effective rank    as in `probes.attribution`
     retention, half-life, write   what the tokens of the prompt do to the state, where keys and values were captured
 
@@ -34,7 +34,7 @@ from probes.attribution import effective_rank, statistics
 from probes.capture import RECURRENCE, recurrences
 from probes.errors import WrongInput
 from probes.recurrence import left_padded
-from probes.stats import DRAWS, Estimate
+from probes.stats import DRAWS, Estimate, interval, jackknife
 from probes.store import Capture, recipe_differs
 
 _FREE = {"model", "weights_hash"}  # in which two captures may differ
@@ -80,19 +80,23 @@ class Topics:
         first, second = (np.asarray(values, dtype=np.float64) for values in (before, after))
         return Change(before=self.mean(first), after=self.mean(second), change=self.mean(second - first))
 
-    def cka(self, x: Tensor, y: Tensor, *, draws: int = 300) -> Estimate:
-        """`linear_cka` with an interval: topics that are drawn twice count twice."""
+    def cka(self, x: Tensor, y: Tensor) -> Estimate:
+        """`linear_cka` with a jackknife interval over topics."""
         if torch.equal(x, y):
             return self.estimate(1.0, np.ones(1))
         one, other = _gram(x), _gram(y)
-        whole = _cka(one, other, np.ones(len(x)))
-        return self.estimate(whole, np.array([_cka(one, other, row[self.index]) for row in self.drawn[:draws]]))
+        without = []
+        for topic in range(self.count):
+            kept = np.flatnonzero(self.index != topic)
+            without.append(_cka(one[np.ix_(kept, kept)], other[np.ix_(kept, kept)]))
+        return jackknife(
+            _cka(one, other), np.array(without), n=len(self.index), seed=self.seed, confidence=self.confidence,
+            within=(-1.0, 1.0),
+        )  # fmt: skip
 
     def estimate(self, value: float, draws: NDArray[Any]) -> Estimate:
         """A value with the interval that its draws have."""
-        tail = 50 * (1 - self.confidence)
-        finite = draws[np.isfinite(draws)]
-        lower, upper = np.percentile(finite, [tail, 100 - tail]).tolist() if finite.size else (math.nan, math.nan)
+        lower, upper = interval(draws, groups=self.count, confidence=self.confidence)
         return Estimate(
             value=value, lower=lower, upper=upper, n=len(self.index), groups=self.count, seed=self.seed,
             confidence=self.confidence,
@@ -151,31 +155,32 @@ def _angles(a: Tensor, b: Tensor) -> Tensor:
 
 
 def linear_cka(x: Float[Tensor, "prompt feature"], y: Float[Tensor, "prompt other"]) -> float:
-    """Linear centred kernel alignment (arXiv:1905.00414), in [0, 1]: 1 where prompts differ alike in both.
+    """Linear centred kernel alignment, unbiased (arXiv:2010.15327): 1 where prompts differ alike in both, about 0 where
+    what they differ in is unrelated, and it may fall a little below.
 
-    Rotations and one common scale of the features leave it alone. NaN where no prompt differs from another.
+    Rotations and one common scale of the features leave it alone. NaN where no prompt differs from another, and for
+    fewer than 4 prompts.
     """
-    return _cka(_gram(x), _gram(y), np.ones(len(x)))
+    return _cka(_gram(x), _gram(y))
 
 
 def _gram(x: Tensor) -> NDArray[Any]:
     return (x.double() @ x.double().T).numpy()
 
 
-def _cka(k: NDArray[Any], other: NDArray[Any], weights: NDArray[Any]) -> float:
-    """From Gram matrices of prompts that count as often as their weights say."""
-    share = weights / weights.sum()
+def _cka(k: NDArray[Any], other: NDArray[Any]) -> float:
+    """From Gram matrices of prompts; the inner products are the estimator of Song et al. 2012, JMLR 13, eq. 5."""
+    n = len(k)
+    if n < 4:
+        return math.nan
     centred = []
     for gram in (k, other):
-        rows = gram @ share
-        centred.append(gram - rows[:, None] - rows[None, :] + share @ rows)
-    a, b = centred
-
-    def product(left: NDArray[Any], right: NDArray[Any]) -> float:
-        return float(share @ (left * right) @ share)
-
-    scale = math.sqrt(max(product(a, a) * product(b, b), 0.0))
-    return product(a, b) / scale if scale else math.nan
+        apart = gram - np.diag(np.diag(gram))  # what a prompt has in common with itself says nothing
+        rows = apart.sum(1) / (n - 2)
+        centred.append((apart - rows[:, None] - rows[None, :] + rows.sum() / (n - 1)) * (1 - np.eye(n)))
+    a, b = centred  # U-centred: Székely & Rizzo 2014, the same estimator
+    scale = float((a * a).sum() * (b * b).sum())
+    return float((a * b).sum()) / math.sqrt(scale) if scale > 0 else math.nan
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,8 +1,12 @@
 """Estimates with intervals: a number never travels alone.
 
-Prompts of one topic group are not independent, so intervals come from a bootstrap that draws whole groups. With few
-groups such intervals are somewhat too narrow; `Estimate` carries n and the number of groups so that a reader (and the
-gate, which refuses to decide on fewer than a stated number) can tell.
+Prompts of one topic group are not independent, so intervals come from a bootstrap that draws whole groups. Its plain
+percentiles are too narrow for few groups (of 6 normal groups, 95 % intervals hold the truth 87 times in 100), so more
+extreme ones are taken (`tail`; then 94 times, tests/test_stats.py). `Estimate` carries n and the number of groups so
+that a reader, and the gate, which refuses to decide on fewer than a stated number, can tell.
+
+What a bootstrap cannot do - a group that is drawn twice would be its own neighbour, or stand on both sides of a split -
+a jackknife does: everything is computed again without each group.
 """
 
 from __future__ import annotations
@@ -54,13 +58,43 @@ def _weights(groups: Sequence[str], seed: int, draws: int) -> tuple[NDArray[np.i
     return index, weights.astype(np.float64)
 
 
-def _interval(draws: Floats, confidence: float) -> tuple[float, float]:
+def tail(confidence: float, groups: int) -> float:
+    """Percent of bootstrap draws to leave out on either side, for an interval that holds the truth so often.
+
+    The expanded percentile interval (Hesterberg 2015, arXiv:1411.5279): as a t interval is wider than a normal one of
+    the uncorrected standard deviation, sqrt(G / (G - 1)) t_{G-1} instead of z.
+    """
+    if groups < 2:
+        return 0.0
+    reach = math.sqrt(groups / (groups - 1)) * scipy_stats.t.ppf((1 + confidence) / 2, groups - 1)
+    return 100 * float(scipy_stats.norm.sf(reach))
+
+
+def interval(draws: Floats, *, groups: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Limits from bootstrap draws of `groups` groups; NaN where no draw is finite."""
     finite = draws[np.isfinite(draws)]
     if finite.size == 0:
         return math.nan, math.nan
-    tail = 50 * (1 - confidence)
-    lower, upper = np.percentile(finite, [tail, 100 - tail])
+    beyond = tail(confidence, groups)
+    lower, upper = np.percentile(finite, [beyond, 100 - beyond])
     return float(lower), float(upper)
+
+
+def jackknife(
+    value: float,
+    without: Floats,
+    *,
+    n: int,
+    seed: int = 0,
+    confidence: float = 0.95,
+    within: tuple[float, float] = (-math.inf, math.inf),
+) -> Estimate:
+    """A value with a t interval from the same measure without each group [group], cut to what is possible."""
+    count = len(without)
+    spread = math.sqrt((count - 1) / count * float(((without - without.mean()) ** 2).sum()))
+    reach = float(scipy_stats.t.ppf((1 + confidence) / 2, count - 1)) * spread if count > 1 else math.nan
+    lower, upper = np.clip([value - reach, value + reach], *within).tolist()
+    return Estimate(value=value, lower=lower, upper=upper, n=n, groups=count, seed=seed, confidence=confidence)
 
 
 def mean(values: Sequence[float], groups: Sequence[str], *, seed: int = 0, draws: int = DRAWS) -> Estimate:
@@ -68,12 +102,12 @@ def mean(values: Sequence[float], groups: Sequence[str], *, seed: int = 0, draws
     data = np.asarray(values, dtype=np.float64)
     index, weights = _weights(groups, seed, draws)
     sums, sizes = np.bincount(index, data), np.bincount(index).astype(np.float64)
-    lower, upper = _interval((weights @ sums) / (weights @ sizes), 0.95)
+    lower, upper = interval((weights @ sums) / (weights @ sizes), groups=sizes.size)
     return Estimate(value=float(data.mean()), lower=lower, upper=upper, n=data.size, groups=sizes.size, seed=seed)
 
 
 def auroc(
-    positive: Sequence[float], negative: Sequence[float], groups: Sequence[str], *, seed: int = 0, draws: int = 500
+    positive: Sequence[float], negative: Sequence[float], groups: Sequence[str], *, seed: int = 0, draws: int = DRAWS
 ) -> Estimate:
     """Area under the ROC curve of paired scores: item i gives `positive[i]` and `negative[i]`, both in `groups[i]`."""
     scores = np.concatenate([positive, negative]).astype(np.float64)
@@ -81,7 +115,7 @@ def auroc(
     index, weights = _weights(groups, seed, draws)
     both = np.concatenate([index, index])
     sampled = np.array([roc_auc_score(truth, scores, sample_weight=row[both]) for row in weights])
-    lower, upper = _interval(sampled, 0.95)
+    lower, upper = interval(sampled, groups=weights.shape[1])
     value = float(roc_auc_score(truth, scores))
     return Estimate(value=value, lower=lower, upper=upper, n=len(positive), groups=weights.shape[1], seed=seed)
 
@@ -95,7 +129,7 @@ def spearman(x: Sequence[float], y: Sequence[float]) -> float:
 
 
 def spearman_over_groups(
-    x: Sequence[float], rows: Sequence[Sequence[float]], groups: Sequence[str], *, seed: int = 0, draws: int = 500
+    x: Sequence[float], rows: Sequence[Sequence[float]], groups: Sequence[str], *, seed: int = 0, draws: int = DRAWS
 ) -> Estimate:
     """Spearman of x against the mean curve, with an interval over groups. `rows[j]` are all items' values at x[j]."""
     table = np.asarray(rows, dtype=np.float64)
@@ -104,7 +138,7 @@ def spearman_over_groups(
     sums = np.stack([np.bincount(index, row) for row in table])  # [x, group]
     curves = (weights @ sums.T) / (weights @ sizes)[:, None]
     sampled = np.array([spearman(x, curve.tolist()) for curve in curves])
-    lower, upper = _interval(sampled, 0.95)
+    lower, upper = interval(sampled, groups=sizes.size)
     value = spearman(x, table.mean(1).tolist())
     return Estimate(value=value, lower=lower, upper=upper, n=table.shape[1], groups=sizes.size, seed=seed)
 

@@ -71,17 +71,40 @@ def test_angles_agree_with_scipy_and_are_exactly_zero_for_equal_states():
         principal_angles(a, b, rank=6)
 
 
+def hsic(k, other):
+    """The unbiased estimate of HSIC, as Song et al. 2012 write it (JMLR 13, equation 5)."""
+    n, one = len(k), np.ones(len(k))
+    k, other = (gram - np.diag(np.diag(gram)) for gram in (k, other))
+    whole = np.trace(k @ other) + (one @ k @ one) * (one @ other @ one) / ((n - 1) * (n - 2))
+    return (whole - 2 / (n - 2) * (one @ k @ other @ one)) / (n * (n - 3))
+
+
 def test_cka_is_its_definition_and_is_left_alone_by_rotations_and_scale():
     rng = np.random.default_rng(0)
     x = rng.normal(size=(20, 6))
     y = x @ rng.normal(size=(6, 4)) + 0.3 * rng.normal(size=(20, 4))
-    a, b = x - x.mean(0), y - y.mean(0)
-    expected = np.linalg.norm(b.T @ a) ** 2 / (np.linalg.norm(a.T @ a) * np.linalg.norm(b.T @ b))
+    a, b = x @ x.T, y @ y.T
+    expected = hsic(a, b) / np.sqrt(hsic(a, a) * hsic(b, b))
     one, other = torch.from_numpy(x), torch.from_numpy(y)
     assert linear_cka(one, other) == pytest.approx(expected, rel=1e-10)
     assert linear_cka(one, 3 * one @ orthogonal(6, 4) + 2) == pytest.approx(1, abs=1e-10)
     assert linear_cka(one @ orthogonal(6, 5), other) == pytest.approx(expected, rel=1e-10)
     assert np.isnan(linear_cka(torch.ones(4, 2), torch.ones(4, 2)))
+    assert np.isnan(linear_cka(one[:3], other[:3]))
+
+
+def test_cka_does_not_grow_with_the_number_of_features_and_its_interval_holds_it():
+    groups = [str(i // 4) for i in range(48)]
+    for seed in range(4):
+        rng = np.random.default_rng(seed)
+        x = torch.from_numpy(rng.normal(size=(48, 4096)))
+        apart = Topics(groups).cka(x, torch.from_numpy(rng.normal(size=(48, 4096))))
+        assert apart.lower < 0 < apart.upper  # the biased estimate is 0.99
+        assert abs(apart.value) < 0.15
+        near = Topics(groups).cka(x, x + 0.3 * torch.from_numpy(rng.normal(size=(48, 4096))))
+        assert 0.8 < near.lower < near.value < near.upper <= 1
+        expected = 1 / 1.09**0.5  # the part of the differences that is shared, in sizes
+        assert near.lower - 0.05 < expected < near.upper + 0.05
 
 
 def test_intervals_are_those_of_the_suite():

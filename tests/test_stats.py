@@ -31,14 +31,35 @@ def test_mean_interval_widens_when_items_of_a_group_agree():
     assert clustered.upper - clustered.lower > 3 * (naive.upper - naive.lower)
 
 
-def test_mean_covers_the_truth_about_as_often_as_it_says():
+@pytest.mark.parametrize("groups", [5, 6, 8, 20])
+def test_intervals_hold_the_truth_about_as_often_as_they_say(groups):
     rng = np.random.default_rng(2)
-    hits = 0
-    for trial in range(200):
-        values = np.repeat(rng.normal(0, 1, 20), 5) + rng.normal(0, 1, 100)
-        found = stats.mean(values.tolist(), [str(i // 5) for i in range(100)], seed=trial, draws=400)
+    names = [str(i // 5) for i in range(5 * groups)]
+    hits, plain, times = 0, 0, 800
+    for trial in range(times):
+        values = np.repeat(rng.normal(0, 1, groups), 5) + rng.normal(0, 1, 5 * groups)
+        found = stats.mean(values.tolist(), names, seed=trial)
+        again = stats.jackknife(
+            float(values.mean()), np.array([values[np.array(names) != name].mean() for name in dict.fromkeys(names)]),
+            n=len(values),
+        )  # fmt: skip
         hits += found.lower <= 0 <= found.upper
-    assert 0.86 <= hits / 200 <= 0.99  # a percentile bootstrap over 20 groups is slightly too narrow
+        plain += again.lower <= 0 <= again.upper
+    assert hits / times == pytest.approx(0.95, abs=0.02 if groups > 5 else 0.06)
+    assert plain / times == pytest.approx(0.95, abs=0.02)  # of a mean, the jackknife is the t interval
+    values = rng.normal(size=groups)
+    mine = stats.jackknife(0.0, (values.sum() - values) / (groups - 1), n=groups)
+    limits = scipy_stats.t.interval(0.95, groups - 1, loc=0, scale=scipy_stats.sem(values))
+    assert (mine.lower, mine.upper) == pytest.approx(limits)
+
+
+def test_tails_approach_the_percentiles_with_many_groups():
+    assert stats.tail(0.95, 100_000) == pytest.approx(2.5, abs=1e-3)
+    tails = [stats.tail(0.95, groups) for groups in (1, 2, 5, 6, 8, 20, 100)]
+    assert tails == sorted(tails)
+    assert tails[0] == 0
+    cut = stats.jackknife(0.9, np.array([0.2, 0.9, 1.0]), n=3, within=(0.0, 1.0))
+    assert (cut.value, cut.lower, cut.upper) == (0.9, 0.0, 1.0)
 
 
 @settings(deadline=None)
