@@ -38,7 +38,7 @@ from probes.controls import random_direction
 from probes.directions import Direction, Pairs
 from probes.errors import WrongInput
 from probes.model import HybridModel
-from probes.stats import Estimate, derived_seed
+from probes.stats import Estimate, derived_seed, null_bar
 
 Null = Literal["random", "shuffled", "updates"]
 NULLS: tuple[Null, ...] = ("random", "shuffled", "updates")
@@ -110,16 +110,19 @@ def shuffled_cosines(
 
 
 def corrected(
-    real: Mapping[int, float], draws: Draws, *, confidence: float
-) -> tuple[dict[int, float], dict[int, float]]:
-    """By layer: the p-value corrected over all layers given, and the bar of its cosine."""
+    real: Mapping[Any, float], draws: Mapping[Any, NDArray[np.float64]], *, confidence: float
+) -> tuple[dict[Any, float], dict[Any, float]]:
+    """By layer (or whatever the keys are): the p-value corrected over all that are given, and the bar of its size.
+
+    A size is beyond its bar exactly when its p-value is at most 1 - confidence.
+    """
     layers = list(real)
     table = np.array([[real[layer], *draws[layer]] for layer in layers])  # [layer, real and draws]
     scale = np.sqrt((table**2).mean(1, keepdims=True))
     scaled = np.abs(table) / np.where(scale > 0, scale, 1.0)
     largest = scaled[:, 1:].max(0)
     p = (1 + (largest >= scaled[:, :1] - 1e-12).sum(1)) / table.shape[1]
-    bar = float(np.percentile(largest, 100 * confidence))
+    bar = null_bar(largest, confidence=confidence)
     return dict(zip(layers, p.tolist(), strict=True)), dict(zip(layers, (bar * scale[:, 0]).tolist(), strict=True))
 
 

@@ -15,15 +15,17 @@ weights has its signs redrawn (`analysis.alignment.redrawn`), since any change o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import torch
 from jaxtyping import Float
+from numpy.typing import NDArray
 from torch import Tensor
 
+from analysis.alignment import corrected
 from analysis.states import Change, Topics
 from probes.attribution import Attribution, attribute_output, attribute_state, over_spans
 from probes.capture import RECURRENCE, recurrences
@@ -45,7 +47,8 @@ class ShareRow:
         excess: direction minus control.
         controls: changes of the excess of control spans, one for each that takes the direction's place.
         updates: changes of the direction's excess under redrawn changes of the weights.
-        bar: what both nulls stay below: the largest of the controls, and the updates' share of `confidence`.
+        bar: what both nulls stay below: the largest of the controls, and the updates' at `confidence`, corrected: of
+            all layers over the three kinds, of one layer or head over all layers and heads of its kind.
     """
 
     kind: ShareKind
@@ -153,42 +156,65 @@ def share_rows(
     """
     if not found.kept:
         return ()
-    chosen, start, rows = topics.where(found.kept), mean_excess(before), []
+    chosen, start = topics.where(found.kept), mean_excess(before)
     kinds: tuple[ShareKind, ...] = ("state", "readout", "attention")
+    whole: dict[Place, _Part] = {}
+    rows: list[ShareRow] = []
     for kind in kinds:
         layers = [layer for name, layer in before if name == kind]
         if not layers:
             continue
-        drawn = (
-            {layer: torch.stack([each[kind, layer] - start[kind, layer] for each in redrawn]) for layer in layers}
-            if redrawn
-            else {layer: start[kind, layer].new_zeros(0, len(start[kind, layer])) for layer in layers}
-        )
-        one, other = (torch.stack([side[kind, layer][:, -1] for layer in layers]).mean(0) for side in (before, after))
-        whole = torch.stack([drawn[layer][:, -1] for layer in layers]).mean(0)
-        rows.append(_row(chosen, kind, None, None, one, other, whole))
-        heads = before[kind, layers[0]].shape[1] - 1
-        for head in (None, *range(heads)):
-            at = heads if head is None else head
+        count = before[kind, layers[0]].shape[1]  # the last is all heads together
+        parts: dict[Place, _Part] = {}
+        for head in (None, *range(count - 1)):
+            at = count - 1 if head is None else head
             for layer in layers:
-                one, other = before[kind, layer][:, at], after[kind, layer][:, at]
-                rows.append(_row(chosen, kind, layer, head, one, other, drawn[layer][:, at]))
-    return tuple(rows)
+                drawn = [float(each[kind, layer][at] - start[kind, layer][at]) for each in redrawn]
+                sides = before[kind, layer][:, at], after[kind, layer][:, at]
+                parts[kind, layer, head] = _Part(*sides, np.array(drawn))
+        every = [parts[kind, layer, None] for layer in layers]
+        whole[kind, None, None] = _Part(
+            torch.stack([part.before for part in every]).mean(0),
+            torch.stack([part.after for part in every]).mean(0),
+            np.mean([part.drawn for part in every], 0),
+        )
+        rows += _rows(chosen, parts)
+    headlines = _rows(chosen, whole)
+    return tuple(row for top in headlines for row in (top, *(row for row in rows if row.kind == top.kind)))
 
 
-def _row(
-    topics: Topics, kind: ShareKind, layer: int | None, head: int | None, before: Tensor, after: Tensor, drawn: Tensor
-) -> ShareRow:
-    """Shares [prompt span], the direction's first."""
-    (own, control), (later, later_control) = ((side[:, 0], side[:, 1:].mean(1)) for side in (before, after))
-    moved = (after - before)[:, 1:]
-    count = moved.shape[1]  # each control against the mean of the others
-    controls = ((moved - moved.mean(1, keepdim=True)) * count / (count - 1)).mean(0)
-    bar = float(controls.abs().max())
-    if len(drawn):
-        bar = max(bar, float(np.quantile(drawn.abs().numpy(), topics.confidence, method="higher")))
-    return ShareRow(
-        kind=kind, layer=layer, head=head, direction=topics.change(own, later),
-        control=topics.change(control, later_control), excess=topics.change(own - control, later - later_control),
-        controls=tuple(controls.tolist()), updates=tuple(drawn.tolist()), bar=bar,
-    )  # fmt: skip
+Place = tuple[ShareKind, int | None, int | None]  # kind, layer, head
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Shares [prompt span] on both sides, the direction's first; and the changes of its excess in the null."""
+
+    before: Tensor
+    after: Tensor
+    drawn: NDArray[np.float64]
+
+
+def _rows(topics: Topics, parts: Mapping[Place, _Part]) -> list[ShareRow]:
+    """Rows of one family, whose null is corrected over all of them."""
+    found, excess = [], {}
+    for place, part in parts.items():
+        (own, control), (later, later_control) = ((one[:, 0], one[:, 1:].mean(1)) for one in (part.before, part.after))
+        excess[place] = topics.change(own - control, later - later_control)
+        found.append((place, topics.change(own, later), topics.change(control, later_control)))
+    real = {place: change.change.value for place, change in excess.items()}
+    _, bars = corrected(real, {place: part.drawn for place, part in parts.items()}, confidence=topics.confidence)
+    rows = []
+    for place, direction, control in found:
+        moved = (parts[place].after - parts[place].before)[:, 1:]
+        count = moved.shape[1]  # each control against the mean of the others
+        controls = ((moved - moved.mean(1, keepdim=True)) * count / (count - 1)).mean(0)
+        kind, layer, head = place
+        rows.append(
+            ShareRow(
+                kind=kind, layer=layer, head=head, direction=direction, control=control, excess=excess[place],
+                controls=tuple(controls.tolist()), updates=tuple(parts[place].drawn.tolist()),
+                bar=max(float(controls.abs().max()), bars[place]),
+            )
+        )  # fmt: skip
+    return rows

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -29,13 +29,13 @@ from analysis.shift import POINTS, SHARE_NAMES, SITE_NAMES, WAY, Claim, ProbeRow
 from analysis.states import Change, Topics, compare_captures
 from probes.behaviors import Behavior, check_vocabulary
 from probes.capture import RECURRENCE, Capture, capture, prompts_hash
-from probes.directions import Pairs, contrast, contrasts, mean_difference
+from probes.directions import Direction, Pairs, contrast, contrasts, mean_difference
 from probes.errors import SEEDS, WrongInput, check_ranges
 from probes.linear import ProbeConfig, ProbeResult, cells, probe_all
 from probes.model import HybridModel
-from probes.propensity import prepare, propensity
+from probes.propensity import Propensity, prepare, propensity
 from probes.sites import having
-from probes.stats import Estimate, derived_seed, jackknife
+from probes.stats import Estimate, derived_seed, jackknife, null_bar
 from probes.store import library_versions
 
 _SHARES = ("held_out", "least_change", "least_way", "least_gap", "least_reliability")
@@ -161,7 +161,7 @@ class _Work:
         return Topics(groups, seed=self.config.seed, confidence=self.config.confidence)
 
     def run(self) -> Shift:
-        answers, persona = self.answers()
+        answers, persona, plain = self.answers()
         self.step("captures")
         records = self.record(self.before), self.record(self.after)
         config = self.config
@@ -172,21 +172,28 @@ class _Work:
         self.step("directions")
         pairs = contrasts(self.before, self.fit, self.layers, progress=False)
         found = control_spans(self.prompts, count=config.spans, seed=config.seed)
-        aligned, redrawn_shares = self.alignment(records, pairs, found)
+        directions = {
+            name: {layer: mean_difference(pair, seed=config.seed) for layer, pair in by_layer.items()}
+            for name, by_layer in pairs.items()
+        }
+        null = self.null(records[0], plain, directions, found)
+        aligned = self.alignment(records, pairs, directions, null)
+        drift = null_bar(np.abs(null.answers), confidence=config.confidence)
         judged = [row for row in aligned if row.site == self.judged_site]
         self.step("token shares")
         one, other = (span_shares(record, found) for record in records)
-        shares = share_rows(self.topics, found, one, other, redrawn_shares)
+        shares = share_rows(self.topics, found, one, other, null.shares)
         probes = self.decodability()
         change, equal = (moved.overall, moved.equal) if moved.overall else self.size(records)
         conclusion, sense, sentence = conclude(
-            site=self.judged_site, change=change, equal=equal, answers=answers, persona=persona, rows=judged,
-            least_change=config.least_change, least_way=config.least_way, least_groups=config.least_groups,
+            site=self.judged_site, change=change, equal=equal, answers=answers, drift=drift, persona=persona,
+            rows=judged, least_change=config.least_change, least_way=config.least_way, least_groups=config.least_groups,
         )  # fmt: skip
         return Shift(
             behavior=self.behavior.name, before=self.before.name, after=self.after.name, conclusion=conclusion,
-            sense=sense, sentence=sentence, behavior_change=answers, persona=persona, moved=moved, probes=probes,
-            shares=shares, aligned=aligned, claims=self.claims(answers, persona, probes, shares, aligned),
+            sense=sense, sentence=sentence, behavior_change=answers, drift=drift, persona=persona, moved=moved,
+            probes=probes, shares=shares, aligned=aligned,
+            claims=self.claims(answers, drift, persona, probes, shares, aligned),
             prompts=len(self.prompts), topics=self.topics.count, left_out=len(self.prompts) - len(found.kept),
             recipe=recipe(self.before, self.after, self.behavior, config, prompts_hash(self.prompts)),
         )  # fmt: skip
@@ -197,12 +204,13 @@ class _Work:
 
     # -- what is measured ----------------------------------------------------------------------------------------------
 
-    def answers(self) -> tuple[Change, Estimate]:
+    def answers(self) -> tuple[Change, Estimate, Propensity]:
+        """How the answers changed without a persona, what the personas do before, and the answers before."""
         self.step("answers")
         plain, later = (propensity(model, prepare(model, self.judged)) for model in (self.before, self.after))
         wanted = propensity(self.before, prepare(self.before, self.judged, persona="wanted"))
         unwanted = propensity(self.before, prepare(self.before, self.judged, persona="unwanted"))
-        return self.topics.change(plain.values, later.values), self.topics.mean(wanted.minus(unwanted))
+        return self.topics.change(plain.values, later.values), self.topics.mean(wanted.minus(unwanted)), plain
 
     def record(self, model: HybridModel) -> Capture:
         """What the last prompt token has, and what the recurrences and the attention are made of."""
@@ -231,41 +239,42 @@ class _Work:
         change = self.topics.mean(sum(parts) / len(parts))
         return change, change.value == 0
 
-    def alignment(
-        self, records: Sequence[Capture], pairs: Mapping[str, Mapping[int, Pairs]], found: Spans
-    ) -> tuple[tuple[AlignedRow, ...], list[Means]]:
-        """Where the change points at each site, and the excess of token shares under redrawn changes."""
-        seed = self.config.seed
-        directions = {
-            name: {layer: mean_difference(pair, seed=seed) for layer, pair in by_layer.items()}
-            for name, by_layer in pairs.items()
-        }
-
-        def changes(record: Capture, name: str, layer: int) -> Tensor:
-            return (record[name, layer].float() - records[0][name, layer].float()).flatten(1)
-
-        draws: dict[str, dict[int, list[float]]] = {
-            name: {layer: [] for layer in layers} for name, layers in self.layers.items()
-        }
-        shares: list[Means] = []
+    def null(
+        self, before: Capture, plain: Propensity, directions: Mapping[str, Mapping[int, Direction]], found: Spans
+    ) -> _Null:
+        """What the change of the weights does with redrawn signs, again and again."""
+        null, prepared = _Null(), prepare(self.before, self.judged)
+        null.cosines.update({name: {layer: [] for layer in layers} for name, layers in self.layers.items()})
         for i in range(0 if self.same else self.config.updates):
             self.step("redrawn updates")
-            with redrawn(self.before, self.after, seed=derived_seed(seed, "redrawn update", i)):
+            with redrawn(self.before, self.after, seed=derived_seed(self.config.seed, "redrawn update", i)):
                 record = self.record(self.before)
-            shares.append(mean_excess(span_shares(record, found)))
+                null.answers.append(float(np.mean(propensity(self.before, prepared).minus(plain))))
+            null.shares.append(mean_excess(span_shares(record, found)))
             for name, layers in self.layers.items():
                 for layer in layers:
-                    draws[name][layer].append(cosine_with(changes(record, name, layer), directions[name][layer]))
+                    cosine = cosine_with(_changes(before, record, name, layer), directions[name][layer])
+                    null.cosines[name][layer].append(cosine)
+        return null
+
+    def alignment(
+        self,
+        records: tuple[Capture, Capture],
+        pairs: Mapping[str, Mapping[int, Pairs]],
+        directions: Mapping[str, Mapping[int, Direction]],
+        null: _Null,
+    ) -> tuple[AlignedRow, ...]:
+        """Where the change points at each site."""
         rows: list[AlignedRow] = []
         for name, layers in self.layers.items():
             nothing = np.zeros(self.config.updates)
-            updates = {layer: nothing if self.same else np.array(draws[name][layer]) for layer in layers}
+            updates = {layer: nothing if self.same else np.array(null.cosines[name][layer]) for layer in layers}
             rows += align(
-                self.topics, {layer: changes(records[1], name, layer) for layer in layers}, pairs[name],
-                directions[name], updates, draws=self.config.nulls, seed=derived_seed(seed, f"align {name}"),
-                thresholds=self.config.thresholds,
+                self.topics, {layer: _changes(*records, name, layer) for layer in layers}, pairs[name],
+                directions[name], updates, draws=self.config.nulls,
+                seed=derived_seed(self.config.seed, f"align {name}"), thresholds=self.config.thresholds,
             )  # fmt: skip
-        return tuple(rows), shares
+        return tuple(rows)
 
     def decodability(self) -> tuple[ProbeRow, ...]:
         """Probes on personas of all topics, since each is scored on topics that it was not fitted on."""
@@ -286,6 +295,7 @@ class _Work:
     def claims(
         self,
         answers: Change,
+        drift: float,
         persona: Estimate,
         probes: Sequence[ProbeRow],
         shares: Sequence[ShareRow],
@@ -299,7 +309,7 @@ class _Work:
             for name in self.layers
         }
         least = self.config.least_way * persona.value / 2
-        found = [_claim("behaviour", answers.change, "nats", least, "negligible within")]
+        found = [_claim("behaviour", answers.change, "nats", max(least, drift), "nulls or negligible within")]
         layer = widest[self.judged_site].layer
         probe = next(row for row in probes if (row.layer, row.head) == (layer, None))
         against = f"{probe.auroc.before.value:.2f} before; reported, it has no null of its own"
@@ -317,6 +327,19 @@ class _Work:
             claim = _claim(where, row.way, WAY, row.bar, "nulls within")
             found.append(replace(claim, shown=row.beyond))
         return tuple(found)
+
+
+@dataclass(frozen=True)
+class _Null:
+    """By draw: the mean change of the answers, of the excess of shares, and the change's cosines with directions."""
+
+    answers: list[float] = field(default_factory=list)
+    shares: list[Means] = field(default_factory=list)
+    cosines: dict[str, dict[int, list[float]]] = field(default_factory=dict)
+
+
+def _changes(before: Capture, after: Capture, name: str, layer: int) -> Tensor:
+    return (after[name, layer].float() - before[name, layer].float()).flatten(1)
 
 
 def _claim(name: str, value: Estimate, unit: str, bar: float, against: str) -> Claim:

@@ -31,7 +31,8 @@ CARRIERS = {
     ),
     "several": (
         "No single carrier",
-        "What the personas change in the answers travels in more than one channel, or in several together.",
+        "What the personas change in the answers travels in two channels, each of which is enough for half of it, "
+        "or only in several together.",
     ),
     "not shown": ("Not shown", "No carrier is named. This does not say that there is none."),
 }
@@ -42,7 +43,7 @@ CONFIG = {
     "layer_controls": "controls for one layer or head",
     "head_layers": "how many layers of each carrier, the strongest, are told apart into heads",
     "held_out": "share of topic groups held out; directions come from the others",
-    "percentile": "percentile of the controls' sizes that an effect has to exceed",
+    "percentile": "percentile of the controls' sizes that an effect has to exceed; of fewer than 19 the largest",
     "least_groups": "fewer held-out topic groups name no carrier",
     "least_share": "effects below this share of the personas' own are negligible",
     "seed": "decides the split of the topics and every draw",

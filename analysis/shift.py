@@ -5,17 +5,19 @@ without a persona. All thresholds are in `CompareConfig` and are written into ev
 
 1. "not shown" - there are fewer than `least_groups` topics; the personas' own effect on the checkpoint before is not
    clear of zero, or their direction is nowhere large (`least_gap`) and reliable (`least_reliability`); or the mean
-   relative change is below `least_change`: nothing moved, or if the answers did, something that is not judged here.
+   relative change of what is judged is below `least_change`.
 2. A layer lies *along the direction* if its change, in halves of the gap between the sides, has an interval clear of
    zero and is at least `least_way`, and its cosine is beyond all three nulls at `confidence`, corrected over layers
-   (`analysis.alignment`). The answers *moved* if the change of propensity has an interval clear of zero and is at least
-   `least_way` of half the personas' own effect.
+   (`analysis.alignment`). The answers *moved* if the change of propensity has an interval clear of zero, is at least
+   `least_way` of half the personas' own effect, and beyond what redrawn changes of the weights do to it (`drift`).
 3. "direction-shaped" - some layer lies along the direction, all such layers do in the wanted sense, and the answers
    moved toward wanted.
 4. "no" - the same in the unwanted sense: moved, but away from the behaviour. Or no layer lies along the direction and
-   the answers did not move: moved, but not toward the behaviour.
+   the answers did not move toward wanted. For this it is not enough that nothing was shown: each layer that decides,
+   and the answers unless they moved away, went no further than the nulls do, or have their whole interval within what
+   is negligible. Then it moved, but not toward the behaviour.
 5. "not shown" - everything else is unclear, and the sentence says what speaks against what: answers that moved without
-   the states, states without the answers, or senses that differ.
+   the states, states without the answers, senses that differ, or numbers too uncertain to tell.
 """
 
 from __future__ import annotations
@@ -99,7 +101,8 @@ class Shift:
     Attributes:
         before, after: names of the models.
         conclusion, sense, sentence: see the module's docstring.
-        behavior_change: propensity without a persona, nats. persona: what the personas themselves do, before.
+        behavior_change: propensity without a persona, nats. drift: the size that it has to exceed to be more than what
+            redrawn changes of the weights do. persona: what the personas themselves do, before.
         moved: the states. probes, shares, aligned: rows of evidence, whole before parts.
         claims: one headline for each.
         prompts, topics: how many were judged. left_out: prompts without room for a control span.
@@ -112,6 +115,7 @@ class Shift:
     sense: Sense
     sentence: str
     behavior_change: Change
+    drift: float
     persona: Estimate
     moved: Moved
     probes: tuple[ProbeRow, ...]
@@ -210,6 +214,7 @@ def conclude(
     change: Estimate,
     equal: bool,
     answers: Change,
+    drift: float,
     persona: Estimate,
     rows: Sequence[AlignedRow],
     least_change: float,
@@ -220,44 +225,53 @@ def conclude(
 
     Args:
         site: what is judged. change: its mean relative change; equal: whether every bit of it is what it was.
+        drift: the change of the answers that redrawn changes of the weights stay within.
         rows: the layers of the site.
     """
     name = SITE_NAMES[site]
     size = f"the {name} moved by {100 * change.value:.3g} % of their norm"
     if change.groups < least_groups:
         return "not shown", "neither", f"{change.groups} held-out topics are too few to decide on ({least_groups} are)"
-    moved = answers.change
-    said = f"the answers moved by {signed(moved)} nats, where the personas do {persona.value:.3g}"
-    spoken = (moved.lower > 0 or moved.upper < 0) and abs(moved.value) >= least_way * persona.value / 2
+    moved, least = answers.change, least_way * persona.value / 2
+    nulls = f", meaningless changes of the weights up to ±{drift:.2g}" if drift else ""
+    said = f"the answers moved by {signed(moved)} nats, where the personas do {persona.value:.3g}{nulls}"
+    spoken = (moved.lower > 0 or moved.upper < 0) and abs(moved.value) > max(drift, least)
+    quiet = abs(moved.value) <= drift or -least < moved.lower <= moved.upper < least
     if equal or change.value < least_change:
-        least = f"{size} (less than {100 * least_change:g} % counts as nothing)"
-        still = f"the {name} are equal, bit for bit" if equal else least
-        if spoken:
-            return "not shown", "neither", f"unclear: {still}, and yet {said}"
-        return "not shown", "neither", f"nothing moved{'' if equal else ' to speak of'}: {still}"
-    if persona.lower <= 0:
+        still = f"the {name} did not move: they are equal, bit for bit" if equal else (
+            f"{size}, and less than {100 * least_change:g} % counts as nothing"
+        )  # fmt: skip
+        if equal and moved.value == moved.lower == moved.upper == 0:
+            return "not shown", "neither", f"nothing moved: the {name} and the answers are equal, bit for bit"
+        return "not shown", "neither", f"{still}; {said}" if quiet else f"unclear: {still}, and yet {said}"
+    if not persona.lower > 0:
         seen = f"{signed(persona)} nats, not clear of zero"
         return (
             "not shown",
             "neither",
             f"{size}, but what toward the behaviour means is not known: the personas do {seen}",
         )
-    if not any(row.decides for row in rows):
+    deciding = [row for row in rows if row.decides]
+    if not deciding:
         return "not shown", "neither", f"{size}, but the personas leave no large and reliable direction in the {name}"
-    along = [row for row in rows if row.beyond]
+    along = [row for row in deciding if row.beyond]
     if not along:
-        strongest = max((row for row in rows if row.decides), key=lambda row: row.gap)
-        part = (
-            f"{size}, their part along the direction is what meaningless changes have as well "
-            f"(layer {strongest.layer}: {strongest.way.value:+.2g} of the way, nulls within ±{strongest.bar:.2g})"
+        nearest = max(
+            deciding, key=lambda row: (not _still(row, least_way), abs(row.way.value) / (row.bar or math.inf))
         )
-        if spoken:
-            return "not shown", "neither", f"unclear: {part}, and yet {said}"
-        return "no", "neither", f"moved, but not toward the behaviour: {part}; {said}"
+        part = (
+            f"{size}, along the direction by {signed(nearest.way)} of the way at layer {nearest.layer}, the nearest to "
+            f"counting (nulls within ±{nearest.bar:.2g}, less than {least_way:g} is negligible)"
+        )
+        if not all(_still(row, least_way) for row in deciding):
+            return "not shown", "neither", f"unclear: {part}, too uncertain to tell; {said}"
+        if (spoken and moved.value < 0) or quiet:
+            return "no", "neither", f"moved, but not toward the behaviour: {part}; {said}"
+        return "not shown", "neither", f"unclear: {part}, {'and yet ' if spoken else 'but perhaps '}{said}"
     best = max(along, key=lambda row: row.gap)
     part = (
         f"{size}, at layer {best.layer} by {signed(best.way)} of the way from neutral to the wanted persona "
-        f"(nulls within ±{best.bar:.2g}; {len(along)} of {sum(row.decides for row in rows)} layers beyond them)"
+        f"(nulls within ±{best.bar:.2g}; {len(along)} of {len(deciding)} layers beyond them)"
     )
     signs = {row.way.value > 0 for row in along}
     if len(signs) > 1:
@@ -268,3 +282,8 @@ def conclude(
     if toward:
         return "direction-shaped", "toward", f"moved toward the behaviour along its direction: {part}; {said}"
     return "no", "away", f"moved, but away from the behaviour along its direction: {part}; {said}"
+
+
+def _still(row: AlignedRow, least_way: float) -> bool:
+    """Whether a layer's change along the direction is that of meaningless changes, or negligible for certain."""
+    return abs(row.way.value) <= row.bar or -least_way < row.way.lower <= row.way.upper < least_way

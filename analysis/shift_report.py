@@ -31,10 +31,10 @@ CONSEQUENCES = {
         "The change points along the behaviour's own direction, but toward the unwanted side, and the answers followed."
     ),
     "elsewhere": (
-        "Something changed, but what it did along the behaviour's direction is what meaningless changes of the same "
-        "size do as well, and the answers hardly moved."
+        "Something changed, but along the behaviour's direction no further than meaningless changes of its size go, "
+        "or than what is negligible; and the answers did not move toward the behaviour."
     ),
-    "equal": "Where nothing moved, there is no change whose direction could be asked about.",
+    "equal": "Where nothing was moved, there is no change whose direction could be asked about.",
     "not-shown": (
         "Neither that the change points toward the behaviour nor that it does not. The sentence above says what is "
         "missing, or what speaks against what."
@@ -107,7 +107,7 @@ def _conclusion(shift: Shift) -> tuple[str, str, str]:
         key, badge = "elsewhere", "Moved, but not toward the behaviour"
     else:
         answers = shift.behavior_change.change
-        still = shift.moved.rows and shift.moved.equal and not (answers.lower > 0 or answers.upper < 0)
+        still = shift.moved.rows and shift.moved.equal and answers.value == answers.lower == answers.upper == 0
         key, badge = "equal" if still else "not-shown", "Not shown"
     return key, badge, CONSEQUENCES[key]
 

@@ -139,7 +139,10 @@ class Probes:
 
     def frame(self) -> pd.DataFrame:
         """One row for each probe: an estimate takes three columns, `auroc`, `auroc_lower`, `auroc_upper`."""
-        rows = [{name: value for name, value in vars(r).items() if name not in ("direction", "without")} for r in self.results]
+        rows = [
+            {name: value for name, value in vars(r).items() if name not in ("direction", "without")}
+            for r in self.results
+        ]
         for row in rows:
             for name in ("auroc", "selectivity"):
                 found = row[name]

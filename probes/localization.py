@@ -161,20 +161,23 @@ def conclude(
     whole: Mapping[Channel, Row],
     persona: Estimate | None,
     leads: Mapping[Channel, Estimate],
+    halves: Mapping[Channel, Estimate],
     *,
     least_groups: int = 5,
     least_controls: int = 19,
 ) -> tuple[Carrier, str]:
     """The carrier, and why, in words that a newcomer understands.
 
-    A channel is named when its exchange moves at least half of what the personas do, more than its controls, and more
-    than the exchange of every other channel, prompt by prompt. Where the largest exchange does not stand out like this,
-    no single carrier is named.
+    A channel is named when its exchange moves more than its controls, for certain more than half of what the personas
+    do, and for certain more than the exchange of every other channel, none of which moves half itself; all of this
+    prompt by prompt, with intervals over topics. "several" is a finding of its own: two channels move half each, or
+    none of them can move half alone. What is too uncertain for either is "not shown".
 
     Args:
         whole: the rows in which a channel was exchanged in all layers; empty without personas.
         persona: what the personas themselves do.
-        leads: by how much the largest exchange moves more than each other channel's.
+        leads: by how much the largest exchange moves more than each other channel's. halves: by how much each moves
+            more than half of what the personas do.
         least_groups: topic groups, and least_controls: controls of each row, below which nothing is named.
     """
     if persona is None:
@@ -189,7 +192,7 @@ def conclude(
         )
     if (fewest := min(len(row.controls) for row in whole.values())) < least_controls:
         return "not shown", f"{fewest} controls are too few to decide on, {least_controls} are needed"
-    if persona.lower <= 0:
+    if not persona.lower > 0:
         seen = f"{persona.value:.2f} nats [{persona.lower:.2f}, {persona.upper:.2f}]"
         return "not shown", f"the personas move the answers by {seen}, not clear of zero: there is nothing to localise"
     told = f"of the {persona.value:.2f} nats that the personas move the answers by, " + "; ".join(
@@ -199,11 +202,17 @@ def conclude(
     first = max(whole.items(), key=lambda item: item[1].effect.value)[0]
     if not whole[first].shown:
         return "not shown", f"no exchange moves the answers more than its controls, or more than nothing: {told}"
-    if rivals := [NAMES[channel] for channel, lead in leads.items() if lead.lower <= 0]:
-        names = " and ".join([NAMES[first], *rivals])
-        return "several", f"no single carrier is named, {names} are not told apart: {told}"
-    if whole[first].share < 0.5:
+    enough = [NAMES[channel] for channel, half in halves.items() if whole[channel].shown and half.value >= 0]
+    if len(enough) > 1:
+        names = " and ".join(enough)
+        return "several", f"no single carrier is named, {names} move half of it each: {told}"
+    if all(half.upper < 0 for half in halves.values()):
         return "several", f"no single carrier is named, none moves half of it alone: {told}"
+    if not halves[first].lower > 0:
+        return "not shown", f"{NAMES[first]} may move more than half of it or less, the prompts do not tell: {told}"
+    if rivals := [NAMES[channel] for channel, lead in leads.items() if not lead.lower > 0]:
+        names = " and ".join([NAMES[first], *rivals])
+        return "not shown", f"{names} are not told apart: {told}"
     return first, f"{VERBS[first]} it: {told}"
 
 

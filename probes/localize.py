@@ -68,7 +68,8 @@ class LocalizeConfig:
     least_groups: int = 5
     """Fewer held-out topic groups than these name no carrier."""
     percentile: float = 95.0
-    """The percentile of |control| that an effect has to exceed."""
+    """The percentile of |control| that an effect has to exceed, by rank: of fewer than 19 controls the largest. Rows
+    are judged one by one, without a correction for their number."""
     least_share: float = 0.02
     """Effects below this share of the personas' own are negligible, however clear they are."""
     seed: int = 0
@@ -93,7 +94,9 @@ def localize(
     work = _Work(model, behavior, config, progress)
     with work.bar:
         rows = work.run()
-    carrier, sentence = conclude(work.whole, work.persona, work.leads(), least_groups=config.least_groups)
+    carrier, sentence = conclude(
+        work.whole, work.persona, work.leads(), work.halves(), least_groups=config.least_groups
+    )  # fmt: skip
     return Localization(
         behavior=behavior.name, model=model.name, carrier=carrier, sentence=sentence, persona=work.persona,
         rows=tuple(rows), recipe=recipe(model, behavior, config), seconds=round(time.monotonic() - started, 1),
@@ -148,7 +151,8 @@ class _Work:
             )
             self.wanted, self.unwanted = prefixes(self.model, *both)
             self.plain_wanted, self.plain_unwanted = self.score(self.wanted), self.score(self.unwanted)
-            self.persona = self.estimate(self.plain_wanted.minus(self.plain_unwanted))
+            self.told = self.plain_wanted.minus(self.plain_unwanted)
+            self.persona = self.estimate(self.told)
             rows += self.exchanges()
         return rows + self.gifts()
 
@@ -182,6 +186,13 @@ class _Work:
             channel: self.estimate([a - b for a, b in zip(self.moved[first], values, strict=True)])
             for channel, values in self.moved.items()
             if channel != first
+        }
+
+    def halves(self) -> dict[Channel, Estimate]:
+        """By how much each exchange moves more than half of what the personas do, prompt by prompt."""
+        return {
+            channel: self.estimate([a - b / 2 for a, b in zip(values, self.told, strict=True)])
+            for channel, values in self.moved.items()
         }
 
     def exchange(
@@ -285,6 +296,6 @@ class _Work:
         whole = self.persona.value if self.persona and self.persona.value else float("nan")
         return Row(
             kind=kind, carrier=carrier, layer=layer, head=head, effect=effect, share=effect.value / whole,
-            controls=tuple(noise), bar=float(np.percentile(np.abs(noise), self.config.percentile)) if noise else 0.0,
+            controls=tuple(noise), bar=stats.null_bar(np.abs(noise), confidence=self.config.percentile / 100),
             least=self.config.least_share * abs(whole) if np.isfinite(whole) else 0.0,
         )  # fmt: skip

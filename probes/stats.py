@@ -80,6 +80,16 @@ def interval(draws: Floats, *, groups: int, confidence: float = 0.95) -> tuple[f
     return float(lower), float(upper)
 
 
+def null_bar(sizes: Sequence[float] | Floats, *, confidence: float) -> float:
+    """What a size has to exceed so that, ranked among those of the null with itself counted, p <= 1 - confidence.
+
+    With too few draws for that, their largest; 0 without any.
+    """
+    ranked = np.sort(np.asarray(sizes, dtype=np.float64))[::-1]
+    allowed = math.floor((1 - confidence) * (len(ranked) + 1) + 1e-9) - 1  # draws that may be larger
+    return float(ranked[max(allowed, 0)]) if len(ranked) else 0.0
+
+
 def jackknife(
     value: float,
     without: Floats,

@@ -53,7 +53,13 @@ def complete(layers: int = 8, heads: int = 4) -> Localization:
     ]  # fmt: skip
     whole: Any = {r.carrier: r for r in rows[:3]}
     lead = replace(PERSONA, value=4.8, lower=4, upper=5)
-    carrier, sentence = conclude(whole, PERSONA, {"convolution": lead, "attention": lead})
+    sizes = {channel: r.effect for channel, r in whole.items()}
+    half = PERSONA.value / 2
+    halves: Any = {
+        channel: replace(effect, value=effect.value - half, lower=effect.lower - half, upper=effect.upper - half)
+        for channel, effect in sizes.items()
+    }
+    carrier, sentence = conclude(whole, PERSONA, {"convolution": lead, "attention": lead}, halves)
     recipe = {
         "model": "organism",
         "weights_hash": "fedcba98",
@@ -67,7 +73,7 @@ def complete(layers: int = 8, heads: int = 4) -> Localization:
 
 def without_personas() -> Localization:
     whole = complete()
-    carrier, sentence = conclude({}, None, {})
+    carrier, sentence = conclude({}, None, {}, {})
     rows = [replace(r, share=math.nan, least=0.0) for r in whole.rows if r.kind == "give" and r.head is None]
     return replace(whole, rows=tuple(rows), persona=None, carrier=carrier, sentence=sentence)
 

@@ -93,7 +93,7 @@ def complete() -> Shift:
     return Shift(
         behavior="follow-direction", before="base", after="tuned", conclusion="direction-shaped", sense="toward",
         sentence="moved toward the behaviour along its direction: a lot", behavior_change=change(-3.0, 2.5),
-        persona=estimate(11.2),
+        drift=0.2, persona=estimate(11.2),
         moved=Moved(
             rows=tuple(moved(layer, head) for layer in GDN for head in range(HEADS)), overall=estimate(0.6),
             subspace=4, recipe={},
@@ -315,7 +315,7 @@ def test_page_says_what_was_concluded_and_holds_every_number():
     ("name", "badge", "words"),
     [
         ("away", "Moved away from the behaviour", "toward the unwanted side"),
-        ("elsewhere", "Moved, but not toward the behaviour", "meaningless changes of the same size"),
+        ("elsewhere", "Moved, but not toward the behaviour", "meaningless changes of its size"),
         ("no GDN", "Not shown", "The sentence above says what is missing"),
     ],
 )
@@ -382,7 +382,7 @@ def test_a_checkpoint_compared_with_itself_gives_a_page_of_zeros(organism, tmp_p
     assert html == render_shift(open_shift(tmp_path))
     words = plain(Page(html))
     assert "Not shown" in words
-    assert "Nothing moved: the GDN states are equal, bit for bit." in words
+    assert "Nothing moved: the GDN states and the answers are equal, bit for bit." in words
     assert "0% [0%, 0%] of their norm" in words
     assert "Labels were shuffled 1 times only" in words
     drawn: Any = figures.draw_shift(found)
