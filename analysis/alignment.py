@@ -74,8 +74,10 @@ class AlignedRow:
     beyond: bool
 
     def __str__(self) -> str:
+        if not self.decides:
+            return f"{self.site} {self.layer}: does not decide, gap {self.gap:.2g}, reliability {self.reliability:.2f}"
         found = ", ".join(f"{name} {value:.2g}" for name, value in self.p.items())
-        mark = "beyond the nulls" if self.beyond else "not beyond the nulls" if self.decides else "does not decide"
+        mark = "beyond the nulls" if self.beyond else "not beyond the nulls"
         way = f"{signed(self.way)} of the way (nulls within ±{self.bar:.2g})"
         return f"{self.site} {self.layer}: {way}, cosine {self.cosine:+.2f}, p {found}: {mark}"
 

@@ -323,6 +323,8 @@ class _Work:
                 found.append(_claim(name, points, POINTS, 100 * row.bar, "nulls within"))
         for name in self.layers:
             row = max((row for row in aligned if row.site == name), key=lambda row: (row.beyond, row.decides, row.gap))
+            if not row.decides:  # no gap between the personas to measure the way in
+                continue
             where = f"{SITE_NAMES[name]}, layer {row.layer}"
             claim = _claim(where, row.way, WAY, row.bar, "nulls within")
             found.append(replace(claim, shown=row.beyond))

@@ -25,9 +25,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import pandas as pd
 
@@ -178,9 +179,28 @@ def open_shift(path: str | Path) -> Shift:
             "aligned": _rows(AlignedRow, data["aligned"]),
             "claims": _rows(Claim, data["claims"]),
         }
-        return Shift(**{**data, **_read(data, ("behavior_change", "persona")), **rows})
+        found = Shift(**{**data, **_read(data, ("behavior_change", "persona")), **rows})
+        _check(found)
+        return found
     except (KeyError, TypeError, AttributeError) as error:
         raise WrongInput(f"{path} is not a shift: {error}") from error
+
+
+def _check(found: Shift) -> None:
+    """What the page takes for granted; TypeError where a file holds something else."""
+    kinds = ((found.recipe, dict), (found.behavior_change, Change), (found.persona, Estimate), (found.sentence, str))
+    for value, kind in kinds:
+        if not isinstance(value, kind):
+            raise TypeError(f"expected {kind.__name__}, saw {value!r}")
+    if found.conclusion not in get_args(Conclusion) or found.sense not in get_args(Sense):
+        raise TypeError(f"unknown conclusion '{found.conclusion}' or sense '{found.sense}'")
+    for row in (*found.aligned, *found.probes):
+        if row.site not in SITE_NAMES:
+            raise TypeError(f"unknown site '{row.site}'")
+    for row in (*found.aligned, *found.claims, *found.shares):
+        for name in _NUMBERS & set(vars(row)):
+            if not isinstance(getattr(row, name), Real):
+                raise TypeError(f"{name} must be a number, saw {getattr(row, name)!r}")
 
 
 _NUMBERS = {"cosine", "size", "gap", "reliability", "bar"}

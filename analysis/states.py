@@ -282,6 +282,8 @@ def compare_captures(
         raise WrongInput("states must be captured after one token of each prompt, such as the last; saw several")
     if groups is not None and len(groups) != len(before):
         raise WrongInput(f"{len(before)} prompts need as many groups, saw {len(groups)}")
+    if not 0 < confidence < 1:
+        raise WrongInput(f"confidence must lie between 0 and 1, saw {confidence}")
     topics = Topics(groups or [str(i) for i in range(len(before))], seed=seed, confidence=confidence)
     rows: list[MovedRow] = []
     changes = []

@@ -6,10 +6,14 @@ program itself.
 
 from __future__ import annotations
 
+import io
 import os
+import re
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import redirect_stderr
+from typing import Any
 
 import tyro
 
@@ -51,18 +55,49 @@ def _layers(text: str) -> tuple[int, ...] | None:
         raise WrongInput(f"layers and heads are written auto, 3 or 3,5, saw '{text}'") from None
 
 
+def _parse(arguments: Sequence[str] | None) -> Any:
+    """The command that was asked for. What the parser has to say about a wrong one is brought into one line."""
+    said = io.StringIO()
+    try:
+        with redirect_stderr(said):
+            return tyro.extras.subcommand_cli_from_dict(
+                COMMANDS,
+                prog="dispositions",
+                description="Which way does a model lean, where does the lean live, and did training move it?",
+                args=arguments,
+                config=(tyro.conf.OmitArgPrefixes,),
+                registry=_registry(),
+            )
+    except SystemExit as leaving:
+        if not leaving.code:  # --help
+            raise
+        raise WrongInput(f"{_one_line(said.getvalue())}; see --help") from None
+
+
+def _one_line(box: str) -> str:
+    """What a box of the parser says: a title, the fault, then advice, between rules of one sign or another."""
+    rows = [line.strip("│ ") for line in box.splitlines()]
+    if rows[0].startswith("╭"):  # the title is a part of the frame
+        rows = ["", "─" * 9, *rows[1:-1]]
+    parts = re.split(r"\n[─-]{9,}\n", "\n".join(rows))
+    said = [" ".join(part.split()).rstrip(".") for part in parts[1:]]
+    return "; ".join(_meant(part) for part in said if part and not part.startswith(("For full", "Argument helptext")))
+
+
+def _meant(part: str) -> str:
+    """Suggestions without their help texts."""
+    if not part.startswith("Perhaps you meant"):
+        return part
+    return "perhaps you meant " + ", ".join(dict.fromkeys(re.findall(r"(?<!\S)--[a-z-]+(?= [A-Z\[{])", part)))
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse, run, and leave with the command's exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that lacks a sign is no reason to stop
     try:
-        command = tyro.extras.subcommand_cli_from_dict(
-            COMMANDS,
-            prog="dispositions",
-            description="Which way does a model lean, where does the lean live, and did training move it?",
-            args=arguments,
-            config=(tyro.conf.OmitArgPrefixes,),
-            registry=_registry(),
-        )
-        code = command.run()
+        code = _parse(arguments).run()
     except WrongInput as error:
         print(f"dispositions: {error}", file=sys.stderr)
         code = 2

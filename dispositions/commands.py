@@ -16,23 +16,25 @@ from analysis.localization_report import write_localization_report
 from analysis.report import write_report
 from analysis.shift import Shift, open_shift
 from analysis.shift_report import write_shift_report
-from dispositions.runs import claimed, model_slug, slug, variant
+from dispositions.runs import checked, claimed, model_slug, slug, variant
 from probes.behaviors import Behavior, check_vocabulary, read_behavior, shipped_behaviors
 from probes.capture import capture
 from probes.criteria import Verdict, open_verdict
 from probes.directions import contrast, save_direction
 from probes.errors import WrongInput
-from probes.linear import ProbeConfig, cells, probe_all
+from probes.linear import ProbeConfig, cells, check_groups, probe_all
 from probes.localization import Localization, open_localization
 from probes.localize import LocalizeConfig, localize
 from probes.localize import recipe as localize_recipe
 from probes.model import HybridModel, load
 from probes.sites import positions_at
-from probes.store import library_versions, write_text
+from probes.store import library_versions, read_json, write_text
 from probes.verify import GateConfig, recipe, verify
 
 BehaviorName = Annotated[Positional[str], tyro.conf.arg(metavar="BEHAVIOR")]
 Device = Annotated[str, tyro.conf.arg(help="Where to run: cpu, cuda, cuda:0, ...")]
+RESULTS = {"verdict.json": "criteria", "localization.json": "carrier", "shift.json": "aligned"}
+"""What a run folder holds, and the field that only such a result has."""
 Dtype = Annotated[str, tyro.conf.arg(help="auto (what the checkpoint says), float32, bfloat16 or float16.")]
 
 
@@ -54,7 +56,7 @@ class _Asked:
         return model, behavior
 
     def folder(self, out: Path | None, kind: str, behavior: Behavior) -> Path:
-        return out or Path("runs") / f"{kind}{slug(behavior.name)}-{model_slug(self.model)}{variant(self)}"
+        return checked(out, Path("runs") / f"{kind}{slug(behavior.name)}-{model_slug(self.model)}{variant(self)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,9 +99,9 @@ class Localize(_Asked):
     """Tell what carries a behaviour from token to token, and at which layers and heads it can be given.
 
     Exchanges what the two personas left in the states, the convolutions, and the keys and values: nothing else crosses
-    tokens, so one of these is named as the carrier. Then gives prompts without a persona the mean difference at each
-    layer of the residual stream, of the states and of the attention heads. Prints a table of causal effects with
-    intervals and controls of equal size, and writes localization.json and report.html.
+    tokens, so one of these is named as the carrier where the numbers allow it. Then gives prompts without a persona the
+    mean difference at each layer of the residual stream, of the states and of the attention heads. Prints a table of
+    causal effects with intervals and controls of equal size, and writes localization.json and report.html.
 
     dispositions localize follow-direction
 
@@ -155,7 +157,7 @@ class Compare:
         before, after = (load(source, device=self.device, dtype=self.dtype) for source in (self.before, self.after))
         check_vocabulary(before, behavior)
         models = f"{model_slug(self.before)}-{model_slug(self.after)}"
-        out = self.out or Path("runs") / f"compare-{slug(behavior.name)}-{models}{variant(self)}"
+        out = checked(self.out, Path("runs") / f"compare-{slug(behavior.name)}-{models}{variant(self)}")
         asked = compare_recipe(before, after, behavior, self.config)
         with claimed(out, asked, "shift.json", before, after, behavior) as finished:
             if finished:
@@ -190,7 +192,10 @@ class Probe(_Asked):
 
     def run(self) -> int:
         model, behavior = self.load()
+        if self.prompts < 1:
+            raise WrongInput(f"prompts must be at least 1, saw {self.prompts}")
         behavior = behavior.take(self.prompts, seed=self.config.seed)
+        check_groups([item.group for item in behavior.items])
         out = self.folder(self.out, "probe-", behavior)
         asked = {
             "kind": "probe", "behavior": behavior.name, "behavior_hash": behavior.hash, **model.identity,
@@ -281,17 +286,22 @@ class Report:
     """A run folder, such as runs/demo."""
 
     def run(self) -> int:
-        folder = self.run_folder.parent if self.run_folder.is_file() else self.run_folder
-        page, names = folder / "report.html", ("verdict.json", "localization.json", "shift.json")
-        if not self.run_folder.is_file() and not any((folder / name).is_file() for name in names):
-            raise WrongInput(f"no result at '{self.run_folder}': expected a run folder with one of {', '.join(names)}")
-        if (folder / "localization.json").is_file():
-            found = open_localization(folder)
-            return _show(found, write_localization_report(found, page))
-        if (folder / "shift.json").is_file():
-            shift = open_shift(folder)
+        result = self.run_folder
+        if not result.is_file():
+            found = [result / name for name in RESULTS if (result / name).is_file()]
+            if len(found) != 1:
+                seen = f"{' and '.join(path.name for path in found)}; name the file" if found else "none of them"
+                raise WrongInput(f"'{result}' must be a run folder with one of {', '.join(RESULTS)}, saw {seen}")
+            result = found[0]
+        page, data = result.parent / "report.html", read_json(result)
+        kind = next((key for key in RESULTS.values() if isinstance(data, dict) and key in data), None)
+        if kind == "carrier":
+            where = open_localization(result)
+            return _show(where, write_localization_report(where, page))
+        if kind == "aligned":
+            shift = open_shift(result)
             return _show(shift, write_shift_report(shift, page))
-        verdict = open_verdict(self.run_folder)
+        verdict = open_verdict(result)
         return _say(verdict, write_report(verdict, page))
 
 
@@ -333,6 +343,8 @@ def _prompts(model: HybridModel, behavior: Behavior, persona: str) -> list:
 
 def _positions(words: tuple[str, ...], sites: tuple[str, ...]) -> str | dict[str, str]:
     """One word for all sites, or words by site with at most one for the others ("last" when there is none)."""
+    if not words:
+        raise WrongInput("positions must name at least one word, such as last; saw none")
     by_site = dict(word.split("=", 1) for word in words if "=" in word)
     rest = [word for word in words if "=" not in word]
     if len(rest) > 1 or len(by_site) + len(rest) < len(words):

@@ -23,18 +23,22 @@ def claimed(out: Path, asked: dict, result: str, *subjects: object) -> Iterator[
 
     Input that proves wrong inside the block leaves nothing behind.
     """
-    there = out.exists()
+    there = {folder for folder in (out, *out.parents) if folder.exists()}
     finished = _claim(out, asked, result) and (out / result).is_file()
     print(*subjects, sep="\n")
     if finished:
         print(f"{out} holds this result already")
     try:
         yield finished
-    except WrongInput:
+    except KeyboardInterrupt:
+        raise
+    except BaseException:
         if not finished:
             (out / RECIPE).unlink(missing_ok=True)
-            if not there:
-                out.rmdir()
+            for folder in (out, *out.parents):
+                if folder in there or any(folder.iterdir()):
+                    break
+                folder.rmdir()
         raise
 
 
@@ -56,8 +60,21 @@ def _claim(out: Path, asked: dict, result: str) -> bool:
             raise WrongInput(f"'{out}' holds another recipe ({difference}); choose another --out or remove it")
         if not difference:
             return True
+    elif found := [name for name in (result, "report.html") if (out / name).exists()]:
+        raise WrongInput(f"'{out}' holds {found[0]} but no {RECIPE}, so it is not this command's; choose another --out")
     write_json(out / RECIPE, asked)
     return False
+
+
+def checked(out: Path | None, default: Path) -> Path:
+    """The folder that was asked for, or the default.
+
+    Raises:
+        WrongInput: it is empty, or the current folder, which would mix a run's files with the user's own.
+    """
+    if out is not None and out == Path():
+        raise WrongInput("--out must name a folder of its own, saw the current folder or nothing")
+    return out or default
 
 
 def variant(command: Any) -> str:

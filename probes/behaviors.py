@@ -102,7 +102,9 @@ class Behavior:
         return all(any(item.score.values()) for item in self.items)
 
     def split(self, *, held_out: float = 0.4, seed: int = 0) -> tuple[Behavior, Behavior]:
-        """(fit, held-out), by whole topic groups."""
+        """(fit, held-out), by whole topic groups: a share `held_out` of them, at least one on either side."""
+        if not 0 < held_out < 1:
+            raise WrongInput(f"held_out must lie between 0 and 1, saw {held_out}")
         groups = list(self.groups)
         if len(groups) < 2:
             raise WrongInput(f"behaviour '{self.name}' has {len(groups)} topic group; a split needs at least 2")
@@ -114,6 +116,8 @@ class Behavior:
 
     def take(self, n: int, *, seed: int = 0) -> Behavior:
         """At most n items, spread evenly over the groups."""
+        if n < 1:
+            raise WrongInput(f"at least 1 item must be taken, saw {n}")
         order = list(self.items)
         random.Random(f"{seed} {self.name}").shuffle(order)
         seen: dict[str, int] = {}
@@ -180,8 +184,11 @@ def read_behavior(source: str | Path) -> Behavior:
 def _parse(line: str, where: str) -> dict[str, Any]:
     try:
         record = json.loads(line)
+        json.dumps(record, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
         raise WrongInput(f"{where}: not valid JSON: {error.msg} at column {error.colno}") from error
+    except (RecursionError, ValueError) as error:  # nested too deeply, a number too long, half of a surrogate pair
+        raise WrongInput(f"{where}: not valid JSON: {str(error).splitlines()[0][:120]}") from error
     if not isinstance(record, dict):
         raise WrongInput(f"{where}: expected an object, saw {type(record).__name__}")
     return record

@@ -234,10 +234,9 @@ def _design(
     groups: Sequence[str], config: ProbeConfig
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]:
     """Fold and topic of each item; swaps [real and shuffled, item]."""
+    check_groups(groups)
     index = np.unique(np.asarray(groups), return_inverse=True)[1]
     n, count = len(groups), len(set(groups))
-    if n < MIN_ITEMS or count < MIN_GROUPS:
-        raise WrongInput(f"a probe needs {MIN_ITEMS} items in {MIN_GROUPS} topic groups, saw {n} in {count}")
     fold = np.empty(n, dtype=np.int64)
     for i, (_, held) in enumerate(GroupKFold(min(config.folds, count)).split(np.zeros(n), groups=index)):
         fold[held] = i
@@ -245,6 +244,17 @@ def _design(
     swaps = coins.integers(0, 2, (1 + config.shuffles, count)).astype(bool)
     swaps[0] = False  # the real labels
     return fold, index, swaps[:, index]
+
+
+def check_groups(groups: Sequence[str]) -> None:
+    """Refuse too few items or topics for a probe; worth asking before anything is computed.
+
+    Raises:
+        WrongInput: fewer than 8 items or 6 topics.
+    """
+    n, count = len(groups), len(set(groups))
+    if n < MIN_ITEMS or count < MIN_GROUPS:
+        raise WrongInput(f"a probe needs {MIN_ITEMS} items in {MIN_GROUPS} topic groups, saw {n} in {count}")
 
 
 def _place(site: str, layer: int | None, head: int | None) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from numbers import Real
 from pathlib import Path
 from typing import Any, Literal
 
@@ -145,6 +146,8 @@ def _row(found: dict[str, Any]) -> Row:
 
 
 def _real(value: float | None) -> float:
+    if value is not None and not isinstance(value, Real):
+        raise TypeError(f"expected a number, saw {value!r}")
     return math.nan if value is None else value  # JSON has no NaN
 
 

@@ -34,6 +34,7 @@ ORGANISMS = {
 }  # the one that ships, and its two controls
 ORGANISM = ORGANISMS["organism"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _QWEN35 = {"qwen3_5", "qwen3_5_text"}
 
 
@@ -149,7 +150,8 @@ def load(source: str | Path = "organism", *, device: str = "cpu", dtype: str = "
     `dtype` is "auto" (what the checkpoint says; bfloat16 for a GGUF file), "float32", "bfloat16" or "float16".
 
     Raises:
-        WrongInput: the path does not exist, holds no weights, or is not an architecture the suite knows.
+        WrongInput: the path does not exist, holds no weights or no tokenizer, or weights that are not finite, or is not
+            an architecture the suite knows.
     """
     if dtype != "auto" and dtype not in DTYPES:
         raise WrongInput(f"unknown dtype '{dtype}'; allowed are auto, {', '.join(DTYPES)}")
@@ -183,6 +185,9 @@ def load(source: str | Path = "organism", *, device: str = "cpu", dtype: str = "
     if found["missing_keys"]:
         missing = sorted(found["missing_keys"])
         raise WrongInput(f"'{name}' is incomplete: {len(missing)} weights are missing, {missing[0]} among them")
+    for key, value in hf.named_parameters():
+        if not bool(value.isfinite().all()):
+            raise WrongInput(f"'{name}' is damaged: {int((~value.isfinite()).sum())} values of {key} are not finite")
     return HybridModel(hf.to(device), tokenizer, name=name)
 
 
@@ -217,6 +222,8 @@ def _check_folder(path: Path, name: str) -> None:
         raise WrongInput(f"no config.json in model folder '{name}'")
     if not any(path.glob("*.safetensors")):
         raise WrongInput(f"no weights in model folder '{name}': expected *.safetensors")
+    if not any((path / file).is_file() for file in _TOKENIZERS):
+        raise WrongInput(f"no tokenizer in model folder '{name}': expected {' or '.join(_TOKENIZERS)}")
 
 
 def _is_multimodal(folder: str, options: dict[str, Any]) -> bool:

@@ -15,6 +15,7 @@ import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,10 @@ class Estimate:
     groups: int
     seed: int = 0
     confidence: float = 0.95
+
+    def __post_init__(self) -> None:
+        if not all(isinstance(part, Real) for part in (self.value, self.lower, self.upper)):
+            raise TypeError(f"an estimate has numbers, saw {self.value!r} [{self.lower!r}, {self.upper!r}]")
 
     def __str__(self) -> str:
         return f"{self.value:.3g} [{self.lower:.3g}, {self.upper:.3g}] (n={self.n}, {self.groups} groups)"

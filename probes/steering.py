@@ -81,6 +81,8 @@ def steer(
         raise WrongInput(f"dose must be finite, saw {dose}")
     if last is not None and last < 1:
         raise WrongInput(f"last must be at least 1 token, saw {last}")
+    if not (math.isfinite(direction.norm) and bool(direction.vector.isfinite().all())):
+        raise WrongInput(f"the direction at {direction.site} {direction.layer} is not finite")
     if direction.site not in STEERABLE:
         raise WrongInput(f"'{direction.site}' cannot be steered; allowed are {', '.join(STEERABLE)}")
     resolve(model, direction.site, [direction.layer])

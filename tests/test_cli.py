@@ -1,5 +1,6 @@
 """The command line from outside: exit codes, one clear line for wrong input, and what is left on disk."""
 
+import copy
 import json
 import os
 import re
@@ -8,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from dispositions.__main__ import main
 from dispositions.commands import Probe, Verify
@@ -15,6 +17,7 @@ from dispositions.runs import variant
 from probes.behaviors import SHIPPED
 from probes.criteria import GateCriteria
 from probes.gate import GateConfig
+from probes.model import ORGANISM
 
 QUICK = ["--layers", "4", "--prompts", "12", "--search-prompts", "8", "--controls", "2", "--generations", "2",
          "--general-texts", "8", "--max-new-tokens", "8"]  # fmt: skip
@@ -85,6 +88,16 @@ def files(tmp_path) -> Path:
     (tmp_path / "bare").mkdir()
     (tmp_path / "bare" / "config.json").write_text('{"model_type": "qwen3_5_text"}')
     (tmp_path / "plain.txt").write_text("hello")
+    (tmp_path / "deep.jsonl").write_text("[" * 100_000)
+    (tmp_path / "half.jsonl").write_text("\n".join([*good[:3], good[3].replace('"wanted": "', '"wanted": "\\ud800')]))
+    (tmp_path / "mute").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / "mute" / name).write_bytes((ORGANISM / name).read_bytes())
+    (tmp_path / "two").mkdir()
+    for name in ("verdict.json", "shift.json"):
+        (tmp_path / "two" / name).write_text('{"aligned": []}')
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "probes.csv").write_text("mine")
     return tmp_path
 
 
@@ -143,8 +156,29 @@ def files(tmp_path) -> Path:
         (["capture", "sentiment", "--positions", "first", "--out", "{}/c"], "first"),
         (["capture", "sentiment", "--persona", "kind", "--out", "{}/c"], "unknown persona 'kind'; allowed are"),
         (["behaviors", "kindness"], "unknown behaviour 'kindness'"),
-        (["report", "{}"], "expected a run folder with one of verdict.json, localization.json, shift.json"),
+        (["report", "{}"], "must be a run folder with one of verdict.json, localization.json, shift.json, saw none"),
+        (["report", "{}/two"], "saw verdict.json and shift.json; name the file"),
+        (["report", "{}/two/shift.json"], "shift.json is not a shift"),
         (["report", "{}/plain.txt"], "not JSON"),
+        (["verify", "{}/deep.jsonl"], "deep.jsonl line 1: not valid JSON: maximum recursion depth"),
+        (["verify", "{}/half.jsonl"], "half.jsonl line 4: not valid JSON: 'utf-8' codec can't encode character"),
+        (["verify", "sentiment", "--model", "{}/mute"], "no tokenizer in model folder"),
+        (["probe", "sentiment", "--prompts", "-5"], "prompts must be at least 1, saw -5"),
+        (["probe", "sentiment", "--prompts", "3"], "a probe needs 8 items in 6 topic groups, saw 3 in 3"),
+        (["probe", "sentiment", "--out", ""], "--out must name a folder of its own"),
+        (["probe", "sentiment", "--out", "{}/own"], "holds probes.csv but no recipe.json"),
+        (["capture", "sentiment", "--positions"], "positions must name at least one word, such as last; saw none"),
+        (["compare", "organism", "organism"], "Missing from dispositions compare: --behavior"),
+        (
+            ["verify", "sentiment", "--site", "nope"],
+            "invalid choice 'nope' for argument '--site'. Expected one of ('resid'",
+        ),
+        (
+            ["verify", "sentiment", "--dose", "1"],
+            "Unrecognized options: --dose, 1; perhaps you meant --dose-response, --doses",
+        ),
+        (["judge"], "Unrecognized options: judge; Available subcommands: verify, localize"),
+        ([], "Expected one of {verify, localize"),
     ],
 )
 def test_wrong_input_is_one_clear_line_and_exit_code_2(files, capsys, monkeypatch, arguments, message):
@@ -154,6 +188,7 @@ def test_wrong_input_is_one_clear_line_and_exit_code_2(files, capsys, monkeypatc
     assert code == 2
     assert len(said) == 1
     assert message in said[0]
+    assert "╭" not in err
     assert "Traceback" not in err
     assert not list(files.glob("runs/*/verdict.json"))
 
@@ -166,7 +201,37 @@ def test_refused_input_leaves_no_folder(tmp_path, monkeypatch, capsys):
         ["compare", "organism", "organism-state", "--behavior", "sentiment"],
     ):  # fmt: skip
         assert run(capsys, *arguments)[0] == 2
-    assert not list(tmp_path.glob("runs/*"))
+    assert not list(tmp_path.glob("*"))
+    assert run(capsys, "verify", "sentiment", "--layers", "12", "--out", "one/two")[0] == 2
+    assert not list(tmp_path.glob("*"))
+    kept = tmp_path / "one" / "notes.txt"
+    kept.parent.mkdir()
+    kept.write_text("mine")
+    assert run(capsys, "verify", "sentiment", "--layers", "12", "--out", "one/two")[0] == 2
+    assert list(kept.parent.iterdir()) == [kept]
+
+
+def test_a_model_with_values_that_are_not_numbers_is_refused(tmp_path, capsys, organism):
+    broken = copy.deepcopy(organism.hf)
+    with torch.no_grad():
+        broken.model.norm.weight[3] = float("nan")
+    broken.save_pretrained(tmp_path / "nan")
+    organism.tokenizer.save_pretrained(tmp_path / "nan")
+    code, _, err = run(capsys, "localize", "sentiment", "--model", tmp_path / "nan", "--out", tmp_path / "run")
+    assert code == 2
+    assert "is damaged: 1 values of model.norm.weight are not finite" in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_terminal_without_the_signs_is_no_error(tmp_path):
+    item = {"group": "g", "messages": [{"role": "user", "content": "±1?"}], "wanted": "yes", "unwanted": "no"}
+    (tmp_path / "signs.jsonl").write_text(json.dumps(item))
+    done = subprocess.run(
+        [sys.executable, "-m", "dispositions", "behaviors", tmp_path / "signs.jsonl"], capture_output=True, check=False,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+    )  # fmt: skip
+    assert done.returncode == 0
+    assert b"user: ?1?" in done.stdout
 
 
 def test_a_folder_is_called_after_what_is_not_the_default():
