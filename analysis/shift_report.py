@@ -127,6 +127,7 @@ def _facts(shift: Shift) -> dict[str, str]:
         "after": shift.after,
         "states moved by (mean over heads)": _percents(moved) + " of their norm" if moved else "no GDN layers compared",
         "answers moved by": f"{estimate(numbers(shift.behavior_change.change))} nats",
+        "meaningless changes move them by": f"up to ±{number(known(shift.drift))} nats",
         "the personas' own effect": f"{estimate(numbers(shift.persona))} nats",
         "held-out prompts": f"{shift.prompts} in {shift.topics} topics{left}",
     }
