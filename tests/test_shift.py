@@ -23,6 +23,7 @@ from probes.errors import WrongInput
 from probes.linear import ProbeConfig, cells, probe_all
 from probes.model import HybridModel
 from probes.prompts import Prompt
+from probes.propensity import prepare, propensity
 from probes.stats import Estimate, derived_seed
 from probes.store import recipe_differs
 from tests.conftest import qwen_config
@@ -85,6 +86,20 @@ def test_noise_moves_the_states_but_not_toward_the_behaviour(organism, behavior,
     assert bars["behaviour"] == max(shift.drift, least) > 0
     assert (shift.conclusion, shift.sense) == ("no", "neither")
     assert shift.sentence.startswith("moved, but not toward the behaviour: the GDN states moved by")
+
+
+def test_answers_are_held_against_what_redrawn_weights_do_to_them(organism, behavior):
+    """The null of the answers, put together anew: exchange the weights, ask the same prompts, take the difference."""
+    after, config = with_noise(organism, 0.1, 1), replace(SMALL, prompts=8, pairs=16, layers=(4, 7))
+    shift = compare(organism, after, behavior, config, progress=False)
+    _, held = behavior.split(held_out=config.held_out, seed=0)
+    prepared = prepare(organism, held.take(8, seed=0))
+    plain, moved = np.mean(propensity(organism, prepared).values), []
+    for i in range(19):
+        with redrawn(organism, after, seed=derived_seed(0, "redrawn update", i)):
+            moved.append(abs(np.mean(propensity(organism, prepared).values) - plain))
+    assert shift.drift == pytest.approx(max(moved), abs=1e-6)  # of 19 none may be as large
+    assert min(moved) < 0.9 * max(moved)
 
 
 def test_a_planted_shift_is_found_with_its_sense_and_survives_a_file(organism, behavior, tmp_path):

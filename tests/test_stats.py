@@ -53,6 +53,20 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say(groups):
     assert (mine.lower, mine.upper) == pytest.approx(limits)
 
 
+@settings(deadline=None)
+@given(
+    st.lists(st.floats(0, 1), min_size=19, max_size=60, unique=True), st.floats(0, 1.1), st.sampled_from([0.9, 0.95])
+)
+def test_a_size_beyond_its_bar_is_one_whose_rank_says_so(null, size, confidence):
+    p = (1 + sum(other >= size for other in null)) / (1 + len(null))
+    assert (size > stats.null_bar(null, confidence=confidence)) == (p <= 1 - confidence + 1e-9)
+
+
+def test_bars_of_few_draws_are_their_largest():
+    assert stats.null_bar([0.3, 0.1], confidence=0.95) == 0.3
+    assert stats.null_bar([], confidence=0.95) == 0
+
+
 def test_tails_approach_the_percentiles_with_many_groups():
     assert stats.tail(0.95, 100_000) == pytest.approx(2.5, abs=1e-3)
     tails = [stats.tail(0.95, groups) for groups in (1, 2, 5, 6, 8, 20, 100)]
