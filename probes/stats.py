@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from scipy import stats as scipy_stats
-from sklearn.metrics import roc_auc_score
 
 Floats = NDArray[np.float64]
 DRAWS = 2000
@@ -125,14 +124,15 @@ def auroc(
     positive: Sequence[float], negative: Sequence[float], groups: Sequence[str], *, seed: int = 0, draws: int = DRAWS
 ) -> Estimate:
     """Area under the ROC curve of paired scores: item i gives `positive[i]` and `negative[i]`, both in `groups[i]`."""
-    scores = np.concatenate([positive, negative]).astype(np.float64)
-    truth = np.repeat([1, 0], len(positive))
+    one, other = np.asarray(positive, dtype=np.float64), np.asarray(negative, dtype=np.float64)
     index, weights = _weights(groups, seed, draws)
-    both = np.concatenate([index, index])
-    sampled = np.array([roc_auc_score(truth, scores, sample_weight=row[both]) for row in weights])
-    lower, upper = interval(sampled, groups=weights.shape[1])
-    value = float(roc_auc_score(truth, scores))
-    return Estimate(value=value, lower=lower, upper=upper, n=len(positive), groups=weights.shape[1], seed=seed)
+    sizes = np.bincount(index).astype(np.float64)
+    member = (index[:, None] == np.arange(sizes.size)).astype(np.float64)  # [item, group]
+    above = np.sign(one[:, None] - other[None, :]) / 2 + 0.5  # a tie is half a win
+    wins = member.T @ above @ member  # of each group's positives over each group's negatives
+    lower, upper = interval(((weights @ wins) * weights).sum(1) / (weights @ sizes) ** 2, groups=sizes.size)
+    value = float(above.mean())
+    return Estimate(value=value, lower=lower, upper=upper, n=one.size, groups=sizes.size, seed=seed)
 
 
 def spearman(x: Sequence[float], y: Sequence[float]) -> float:

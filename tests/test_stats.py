@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats as scipy_stats
+from sklearn.metrics import roc_auc_score
 
 from probes import stats
 
@@ -83,6 +84,20 @@ def test_auroc_is_the_share_of_ordered_pairs(positive, seed):
     pairs = [(p > n) + 0.5 * (p == n) for p in positive for n in negative]
     found = stats.auroc(positive, negative, [str(i) for i in range(len(positive))], draws=5)
     assert found.value == pytest.approx(np.mean(pairs))
+
+
+def test_auroc_draws_whole_groups_as_scikit_learn_would_weigh_them():
+    rng = np.random.default_rng(5)
+    positive, negative = rng.normal(0.5, 1, 30).round(1), rng.normal(0, 1, 30).round(1)  # with ties
+    groups = [str(i**2 % 7) for i in range(30)]
+    names, index = np.unique(groups, return_inverse=True)
+    drawn = np.random.default_rng(8).multinomial(len(names), np.full(len(names), 1 / len(names)), size=50)
+    truth, scores = np.repeat([1, 0], 30), np.concatenate([positive, negative])
+    areas = [roc_auc_score(truth, scores, sample_weight=np.tile(row[index], 2)) for row in drawn]
+    tail = stats.tail(0.95, len(names))
+    found = stats.auroc(positive.tolist(), negative.tolist(), groups, seed=8, draws=50)
+    assert found.value == pytest.approx(roc_auc_score(truth, scores))
+    assert (found.lower, found.upper) == pytest.approx(tuple(np.percentile(areas, [tail, 100 - tail])))
 
 
 def test_auroc_interval_contains_half_for_noise_and_excludes_it_for_signal():
