@@ -35,7 +35,7 @@ from probes.linear import ProbeConfig, ProbeResult, cells, probe_all
 from probes.model import HybridModel
 from probes.propensity import Propensity, prepare, propensity
 from probes.sites import having
-from probes.stats import Estimate, derived_seed, jackknife, null_bar
+from probes.stats import Estimate, derived_seed, jackknife, least_draws, null_bar
 from probes.store import library_versions
 
 _SHARES = ("held_out", "least_change", "least_way", "least_gap", "least_reliability")
@@ -87,7 +87,7 @@ class CompareConfig:
 
     def __post_init__(self) -> None:
         check_ranges(self, _RANGES, inside=_SHARES)
-        needed = math.ceil(1 / (1 - self.confidence) - 1e-9) - 1
+        needed = least_draws(self.confidence)
         if min(self.updates, self.nulls) < needed:
             raise WrongInput(
                 f"at a confidence of {self.confidence:g} at least {needed} nulls and updates are needed, "

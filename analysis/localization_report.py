@@ -43,7 +43,7 @@ CONFIG = {
     "layer_controls": "controls for one layer or head",
     "head_layers": "how many layers of each carrier, the strongest, are told apart into heads",
     "held_out": "share of topic groups held out; directions come from the others",
-    "percentile": "percentile of the controls' sizes that an effect has to exceed; of fewer than 19 the largest",
+    "percentile": "percentile of the controls' sizes that an effect has to exceed; the largest where they are too few",
     "least_groups": "fewer held-out topic groups name no carrier",
     "least_share": "effects below this share of the personas' own are negligible",
     "seed": "decides the split of the topics and every draw",

@@ -256,12 +256,12 @@ def conclude(
     nulls = f", meaningless changes of the weights up to ±{drift:.2g}" if drift else ""
     said = f"the answers moved by {signed(moved)} nats, where the personas do {persona.value:.3g}{nulls}"
     spoken = (moved.lower > 0 or moved.upper < 0) and abs(moved.value) > max(drift, least)
-    quiet = abs(moved.value) <= drift or -least < moved.lower <= moved.upper < least
+    quiet = _still(moved, drift, least)
     if equal or change.value < least_change:
         still = f"the {name} did not move: they are equal, bit for bit" if equal else (
             f"{size}, and less than {100 * least_change:g} % counts as nothing"
         )  # fmt: skip
-        if equal and moved.value == moved.lower == moved.upper == 0:
+        if equal and answers.none:
             return "not shown", "neither", f"nothing moved: the {name} and the answers are equal, bit for bit"
         return "not shown", "neither", f"{still}; {said}" if quiet else f"unclear: {still}, and yet {said}"
     if not persona.lower > 0:
@@ -277,13 +277,14 @@ def conclude(
     along = [row for row in deciding if row.beyond]
     if not along:
         nearest = max(
-            deciding, key=lambda row: (not _still(row, least_way), abs(row.way.value) / (row.bar or math.inf))
+            deciding,
+            key=lambda row: (not _still(row.way, row.bar, least_way), abs(row.way.value) / (row.bar or math.inf)),
         )
         part = (
             f"{size}, along the direction by {signed(nearest.way)} of the way at layer {nearest.layer}, the nearest to "
             f"counting (nulls within ±{nearest.bar:.2g}, less than {least_way:g} is negligible)"
         )
-        if not all(_still(row, least_way) for row in deciding):
+        if not all(_still(row.way, row.bar, least_way) for row in deciding):
             return "not shown", "neither", f"unclear: {part}, too uncertain to tell; {said}"
         if (spoken and moved.value < 0) or quiet:
             return "no", "neither", f"moved, but not toward the behaviour: {part}; {said}"
@@ -304,6 +305,6 @@ def conclude(
     return "no", "away", f"moved, but away from the behaviour along its direction: {part}; {said}"
 
 
-def _still(row: AlignedRow, least_way: float) -> bool:
-    """Whether a layer's change along the direction is that of meaningless changes, or negligible for certain."""
-    return abs(row.way.value) <= row.bar or -least_way < row.way.lower <= row.way.upper < least_way
+def _still(change: Estimate, bar: float, least: float) -> bool:
+    """Whether a change is that of meaningless changes, or negligible for certain."""
+    return abs(change.value) <= bar or -least < change.lower <= change.upper < least

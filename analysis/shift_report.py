@@ -106,8 +106,7 @@ def _conclusion(shift: Shift) -> tuple[str, str, str]:
     elif shift.conclusion == "no":
         key, badge = "elsewhere", "Moved, but not toward the behaviour"
     else:
-        answers = shift.behavior_change.change
-        still = shift.moved.rows and shift.moved.equal and answers.value == answers.lower == answers.upper == 0
+        still = shift.moved.rows and shift.moved.equal and shift.behavior_change.none
         key, badge = "equal" if still else "not-shown", "Not shown"
     return key, badge, CONSEQUENCES[key]
 

@@ -48,6 +48,11 @@ class Change:
     after: Estimate
     change: Estimate
 
+    @property
+    def none(self) -> bool:
+        """Whether it is exactly zero, interval and all."""
+        return self.change.value == self.change.lower == self.change.upper == 0
+
     def __str__(self) -> str:
         return f"{self.before.value:.3g} -> {self.after.value:.3g}, {signed(self.change)}"
 

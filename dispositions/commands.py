@@ -33,9 +33,9 @@ from probes.verify import GateConfig, recipe, verify
 
 BehaviorName = Annotated[Positional[str], tyro.conf.arg(metavar="BEHAVIOR")]
 Device = Annotated[str, tyro.conf.arg(help="Where to run: cpu, cuda, cuda:0, ...")]
+Dtype = Annotated[str, tyro.conf.arg(help="auto (what the checkpoint says), float32, bfloat16 or float16.")]
 RESULTS = {"verdict.json": "criteria", "localization.json": "carrier", "shift.json": "aligned"}
 """What a run folder holds, and the field that only such a result has."""
-Dtype = Annotated[str, tyro.conf.arg(help="auto (what the checkpoint says), float32, bfloat16 or float16.")]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,7 @@ _LONGEST = 60  # of what names the options in a folder's name
 def claimed(out: Path, asked: dict, result: str, *subjects: object) -> Iterator[bool]:
     """A run folder for a recipe; True where it holds the result already. Says what is asked about.
 
-    Input that proves wrong inside the block leaves nothing behind.
+    Wrong input or a fault inside the block leaves nothing behind; an interrupted run keeps its place.
     """
     there = {folder for folder in (out, *out.parents) if folder.exists()}
     finished = _claim(out, asked, result) and (out / result).is_file()
@@ -30,9 +30,7 @@ def claimed(out: Path, asked: dict, result: str, *subjects: object) -> Iterator[
         print(f"{out} holds this result already")
     try:
         yield finished
-    except KeyboardInterrupt:
-        raise
-    except BaseException:
+    except Exception:
         if not finished:
             (out / RECIPE).unlink(missing_ok=True)
             for folder in (out, *out.parents):

@@ -94,7 +94,7 @@ class ProbeResult:
 
     Attributes:
         auroc: held-out AUROC within folds, with a jackknife interval: the probes are fitted and scored again without
-            each topic. It is rather too wide than too narrow (simulated 95 % intervals hold the truth in 95 to 99 %).
+            each topic. It is rather too wide than too narrow.
         without: these AUROCs, by topic in sorted order.
         shuffled, shuffled_upper: mean, and the percentile at `confidence`, of the same AUROC with swapped sides.
         selectivity: auroc - shuffled; its interval adds what few shuffles leave open of their mean.

@@ -33,7 +33,7 @@ class Row:
         effect: nats of log-odds wanted/unwanted, with an interval over topic groups.
         share: effect over the personas' own effect; NaN where there are no personas.
         controls: effects of controls of equal size, none where the two sides do not differ and nothing was given.
-        bar: the percentile of their sizes.
+        bar: the percentile of their sizes, by rank; the largest where they are too few for it.
         least: the smallest effect that counts, in nats.
     """
 

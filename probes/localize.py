@@ -45,7 +45,7 @@ from probes.store import library_versions
 
 _RANGES: dict[str, tuple[float, float]] = {
     "prompts": (8, math.inf), "controls": (1, math.inf), "layer_controls": (1, math.inf), "head_layers": (0, math.inf),
-    "held_out": (0, 1), "percentile": (50, 100), "least_share": (0, 1), "least_groups": (2, math.inf), "seed": SEEDS,
+    "held_out": (0, 1), "percentile": (50, 99), "least_share": (0, 1), "least_groups": (2, math.inf), "seed": SEEDS,
 }  # fmt: skip
 
 
@@ -58,7 +58,8 @@ class LocalizeConfig:
     prompts: int = 48
     """At most this many held-out prompts."""
     controls: int = 20
-    """Controls for each row that is one carrier as a whole; fewer than 19 name no carrier."""
+    """Controls for each row that is one carrier as a whole; fewer than 19 name no carrier, and it takes 99 at
+    percentile 99."""
     layer_controls: int = 8
     """Controls for each row that is one layer or head."""
     head_layers: int = 1
@@ -68,8 +69,8 @@ class LocalizeConfig:
     least_groups: int = 5
     """Fewer held-out topic groups than these name no carrier."""
     percentile: float = 95.0
-    """The percentile of |control| that an effect has to exceed, by rank: of fewer than 19 controls the largest. Rows
-    are judged one by one, without a correction for their number."""
+    """The percentile of |control| that an effect has to exceed, by rank: the largest where there are too few controls
+    for it. Rows are judged one by one, without a correction for their number."""
     least_share: float = 0.02
     """Effects below this share of the personas' own are negligible, however clear they are."""
     seed: int = 0
@@ -95,7 +96,8 @@ def localize(
     with work.bar:
         rows = work.run()
     carrier, sentence = conclude(
-        work.whole, work.persona, work.leads(), work.halves(), least_groups=config.least_groups
+        work.whole, work.persona, work.leads(), work.halves(), least_groups=config.least_groups,
+        least_controls=max(19, stats.least_draws(config.percentile / 100)),
     )  # fmt: skip
     return Localization(
         behavior=behavior.name, model=model.name, carrier=carrier, sentence=sentence, persona=work.persona,

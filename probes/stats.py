@@ -84,6 +84,11 @@ def interval(draws: Floats, *, groups: int, confidence: float = 0.95) -> tuple[f
     return float(lower), float(upper)
 
 
+def least_draws(confidence: float) -> int:
+    """How many draws of a null it takes for the largest of all to have a p-value of 1 - confidence: 19 for 0.95."""
+    return math.ceil(1 / (1 - confidence) - 1e-9) - 1
+
+
 def null_bar(sizes: Sequence[float] | Floats, *, confidence: float) -> float:
     """What a size has to exceed so that, ranked among those of the null with itself counted, p <= 1 - confidence.
 

@@ -155,7 +155,12 @@ def test_attention_is_named_where_there_is_nothing_else(llama):
     whole = next(row for row in result.rows if row.layer is None)
     assert whole.share == pytest.approx(1.0, abs=1e-4)
     strict = replace(QUICK, prompts=8, layer_controls=1, head_layers=0, least_groups=99)
-    assert "too few to decide on, 99 are needed" in localize(llama, read_behavior("sentiment"), strict).sentence
+    assert (
+        "groups are too few to decide on, 99 are needed" in localize(llama, read_behavior("sentiment"), strict).sentence
+    )
+    strict = replace(strict, least_groups=5, percentile=99.0)
+    said = localize(llama, read_behavior("sentiment"), strict).sentence
+    assert said == "19 controls are too few to decide on, 99 are needed"
 
 
 def test_without_personas_only_gifts_are_left(organism):
@@ -289,7 +294,7 @@ def test_wrong_configurations_are_refused(organism):
         ({"prompts": 4}, "prompts must be at least 8, saw 4"),
         ({"controls": 0}, "controls must be at least 1, saw 0"),
         ({"held_out": 1.0}, "held_out must lie between 0 and 1"),
-        ({"percentile": 101.0}, "percentile must lie between 50 and 100, saw 101"),
+        ({"percentile": 100.0}, "percentile must lie between 50 and 99, saw 100"),
         ({"least_share": -0.1}, "least_share must lie between 0 and 1"),
         ({"layers": ()}, "layers must name at least one layer"),
     ]

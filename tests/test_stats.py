@@ -68,6 +68,12 @@ def test_bars_of_few_draws_are_their_largest():
     assert stats.null_bar([], confidence=0.95) == 0
 
 
+@pytest.mark.parametrize("confidence", [0.5, 0.9, 0.95, 0.99])
+def test_the_least_number_of_draws_is_the_first_that_allows_a_small_enough_p(confidence):
+    needed = stats.least_draws(confidence)
+    assert 1 / (needed + 1) <= 1 - confidence + 1e-9 < 1 / needed
+
+
 def test_tails_approach_the_percentiles_with_many_groups():
     assert stats.tail(0.95, 100_000) == pytest.approx(2.5, abs=1e-3)
     tails = [stats.tail(0.95, groups) for groups in (1, 2, 5, 6, 8, 20, 100)]
