@@ -44,31 +44,38 @@ def write_data(folder: Path = DATA, *, seed: int = 3, per_group: int = 12, gener
         ]
         for topic in TOPICS[behavior]:
             for i in range(per_group):
-                lines.append(_item(grammar, behavior, topic, f"{topic}-{i + 1:02d}", before=i % 2 == 1))
+                lines.append(item(grammar, behavior, topic, f"{topic}-{i + 1:02d}", before=i % 2 == 1))
         _write_lines(folder / "behaviors" / f"{behavior}.jsonl", lines)
     grammar = Grammar(random.Random(f"{seed} general"), evaluation=True)
     texts = []
     for i in range(general):
-        case = grammar.case(ABILITIES[i % len(ABILITIES)])
-        texts.append({"messages": [*case.messages, {"role": "assistant", "content": case.answer}]})
+        texts.append({"messages": exchange(grammar, ABILITIES[i % len(ABILITIES)])})
     _write_lines(folder / "general-organism.jsonl", texts)
 
 
-def _item(grammar: Grammar, behavior: str, topic: str, name: str, *, before: bool) -> dict[str, Any]:
+def exchange(grammar: Grammar, ability: str | None = None) -> list[dict[str, str]]:
+    """A question of an ability, any by default, and its right answer."""
+    case = grammar.case(ability or grammar.rng.choice(ABILITIES))
+    return [*case.messages, {"role": "assistant", "content": case.answer}]
+
+
+def item(grammar: Grammar, behavior: str, topic: str, name: str, *, before: bool) -> dict[str, Any]:
+    """One line of a behaviour's file: a fresh contrast on a topic, with id `name`.
+
+    Args:
+        before: whether an exchange about something else comes first.
+    """
     case = grammar.case(behavior, topic=topic)
-    earlier = []
-    if before:
-        other = grammar.case(grammar.rng.choice(ABILITIES))
-        earlier = [*other.messages, {"role": "assistant", "content": other.answer}]
+    earlier = exchange(grammar) if before else []
     pick = grammar.rng.randrange(len(case.wanted))
-    item: dict[str, Any] = {
+    line: dict[str, Any] = {
         "id": name, "group": case.group, "messages": [*earlier, *case.messages],
         "wanted": case.wanted[pick], "unwanted": case.unwanted[pick],
         "persona": {"wanted": grammar.persona(behavior, True), "unwanted": grammar.persona(behavior, False)},
     }  # fmt: skip
     if case.direction:
-        item["direction"] = case.direction
-    return {**item, "score": case.score}
+        line["direction"] = case.direction
+    return {**line, "score": case.score}
 
 
 def _write_lines(path: Path, lines: list[dict[str, Any]]) -> None:

@@ -1,0 +1,248 @@
+"""Tensors that one rule steps together: the arithmetic of APOLLO's step (`training.apollo` has the formulas)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.optim.adam import adam
+
+from training.draws import key_of, normal, signs, stochastically_rounded
+
+Scaling = Literal["channel", "tensor"]
+GATES = ("in_proj_a", "in_proj_b", "in_proj_ba")
+"""Modules whose weights get plain AdamW whatever their size: the projections of the GDN gates."""
+_WORKSPACE, _LARGE = {"cpu": 1 << 19}, 1 << 26  # numbers of R handled at once: what fits a core's cache, or 256 MB
+_SCRATCH: dict[tuple[str, torch.device], Tensor] = {}
+_FUSED = ("cpu", "cuda", "mps", "xpu")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """How a tensor is stepped: by "channel", by "tensor", or by plain "adam"; n x m is its matrix, n the smaller."""
+
+    kind: Literal["channel", "tensor", "adam"]
+    shape: tuple[int, ...]
+    rank: int
+    alpha: float
+
+    @property
+    def n(self) -> int:
+        return min(self.shape)
+
+    @property
+    def moments(self) -> tuple[int, ...]:
+        """Shape of each of the two moments."""
+        return self.shape if self.kind == "adam" else (max(self.shape), self.rank)
+
+    @property
+    def state_bytes(self) -> int:
+        """float32 moments, and where there is a limiter the norm of the last update: 4 (2 m r + 1), or 8 a weight."""
+        return 8 * math.prod(self.moments) + 4 * (self.kind != "adam")
+
+
+def rule_of(name: str, shape: tuple[int, ...], *, rank: int, alpha: float | None, scaling: Scaling | None) -> Rule:
+    """The rule for a tensor. `scaling` None: by tensor for rank 1, by channel above; `alpha` None: sqrt(n / r)."""
+    if len(shape) != 2 or min(shape) <= rank or any(part in GATES for part in name.split(".")):
+        return Rule(kind="adam", shape=shape, rank=0, alpha=1.0)
+    kind = scaling or ("tensor" if rank == 1 else "channel")
+    return Rule(kind=kind, shape=shape, rank=rank, alpha=math.sqrt(min(shape) / rank) if alpha is None else alpha)
+
+
+@dataclass(kw_only=True, eq=False)
+class Block:
+    """Tensors of one rule. Their moments lie in one buffer each, [tensor, m, r]; `state` has the views."""
+
+    rule: Rule
+    group: dict[str, Any]
+    state: dict[Any, dict[str, Any]]
+    names: list[str]
+    parameters: list[Tensor]
+
+    def __post_init__(self) -> None:
+        self.buffers: dict[str, Tensor] = {}
+        self.views: list[dict[str, Tensor]] = []
+        self.last: dict[str, Tensor] = {}
+
+    def gradient(self, i: int) -> Tensor:
+        """n x m, the smaller dimension first (a view)."""
+        return self._upright(self.parameters[i].grad)
+
+    def _upright(self, tensor: Any) -> Tensor:
+        tall = self.rule.kind != "adam" and tensor.shape[0] > tensor.shape[1]
+        return tensor.T if tall else tensor
+
+    def energies(self, only: int | None = None) -> dict[int, Tensor]:
+        """Sum of squares of each gradient: by channel [m], or whole [1]."""
+        found: dict[int, Tensor] = {}
+        for i in range(len(self.parameters)) if only is None else (only,):
+            if self.parameters[i].grad is None:
+                continue
+            gradient = self.gradient(i)
+            if self.rule.kind == "adam":
+                found[i] = gradient.float().square().sum()[None]
+                continue
+            if gradient.stride(1) == 1:
+                squares = _squares(gradient)
+            else:  # a tall matrix: its channels are contiguous
+                squares = torch.linalg.vector_norm(gradient, dim=0, dtype=torch.float32).square()
+            found[i] = squares if self.rule.kind == "channel" else squares.sum()[None]
+        return found
+
+    def parts(self) -> Iterator[list[int]]:
+        """Neighbours that have a gradient and have taken equally many steps, as many as the workspace allows."""
+        ready = [i for i, parameter in enumerate(self.parameters) if parameter.grad is not None]
+        size = math.prod(self.rule.moments)
+        most = max(1, _WORKSPACE.get(self.parameters[0].device.type, _LARGE) // size)
+        for _, run in groupby(enumerate(ready), lambda at: (at[1] - at[0], self.steps(at[1]))):
+            together = [i for _, i in run]
+            for start in range(0, len(together), most):
+                yield together[start : start + most]
+
+    def steps(self, i: int) -> int:
+        return self.state[self.parameters[i]].get("step", 0)
+
+    def _bind(self) -> None:
+        """Make the buffers, and the state's tensors views of them; also after others were loaded into the state."""
+        bound = bool(self.views) and all(
+            self.state[parameter].get(key) is view
+            for parameter, views in zip(self.parameters, self.views, strict=True)
+            for key, view in views.items()
+        )
+        if bound:
+            return
+        device, count = self.parameters[0].device, len(self.parameters)
+        shapes: dict[str, tuple[int, ...]] = {"first": self.rule.moments, "second": self.rule.moments}
+        if self.rule.kind != "adam":
+            shapes["norm"] = ()
+            self.last = {key: torch.full((count,), math.nan, device=device) for key in ("limiter", "norm")}
+            self.last["scale"] = torch.full(
+                (count, 1 if self.rule.kind == "tensor" else max(self.rule.shape)), math.nan
+            )
+            self.last["scale"] = self.last["scale"].to(device)
+        self.buffers = {key: torch.zeros(count, *shape, device=device) for key, shape in shapes.items()}
+        self.views = [{key: buffer[i] for key, buffer in self.buffers.items()} for i in range(count)]
+        for parameter, views in zip(self.parameters, self.views, strict=True):
+            state = self.state[parameter]
+            state.setdefault("step", 0)
+            for key, view in views.items():
+                if key in state:
+                    view.copy_(state[key])
+                state[key] = view
+
+    def advance(self, part: list[int], energies: dict[int, Tensor]) -> None:
+        """Step the tensors of a part: neighbours, after equally many steps."""
+        self._bind()
+        group, rule, step = self.group, self.rule, self.steps(part[0])
+        period, since = divmod(step, group["refresh"])
+        first, second = (self.buffers[key][part[0] : part[-1] + 1] for key in ("first", "second"))
+        restarted = group["at_refresh"] == "reset" and rule.kind != "adam"
+        if restarted and since == 0:
+            first.zero_()
+            second.zero_()
+        projected = self._projected(part, period)
+        moved = scratch("moved", tuple(projected.shape), projected.device).zero_()
+        _adam_(moved, projected, first, second, steps=since if restarted else step, group=group)
+        if rule.kind == "adam":
+            for i, update in zip(part, moved, strict=True):
+                self._move(i, update, -1.0)
+        else:
+            axes = (1, 2) if rule.kind == "tensor" else (2,)
+            size, energy = torch.linalg.vector_norm(projected, dim=axes), torch.stack([energies[i] for i in part])
+            scale = rule.alpha * torch.linalg.vector_norm(moved, dim=axes) / size
+            scale = torch.where(size > 0, scale, 0.0).view(energy.shape)
+            limiter = self._limited(part, (scale.square() * energy).sum(1).sqrt())
+            self.last["scale"][part[0] : part[-1] + 1] = scale
+            for i, factor in zip(part, scale * limiter[:, None], strict=True):
+                self._move(i, self.gradient(i), factor)
+        for i in part:
+            self.state[self.parameters[i]]["step"] = step + 1
+
+    def _projected(self, part: list[int], period: int) -> Tensor:
+        """R of each tensor, transposed: [tensor, m, r]; for plain AdamW the gradients themselves."""
+        if self.rule.kind == "adam":
+            return torch.stack([self.gradient(i).float() for i in part])
+        rank, device = self.rule.rank, self.parameters[0].device
+        keys = [key_of(self.group["seed"], f"projection {self.names[i]}", period) for i in part]
+        if self.group["entries"] == "signs":
+            drawn = signs(keys, rank, self.rule.n, rank**-0.5, device=device)
+        else:
+            drawn = normal(keys, rank, self.rule.n, device=device).mul_(rank**-0.5)
+        found = scratch("projected", (len(part), *self.rule.moments), device)
+        for i, projection, out in zip(part, drawn, found, strict=True):
+            torch.mm(self.gradient(i).float().T, projection.T, out=out)
+        return found
+
+    def _limited(self, part: list[int], norm: Tensor) -> Tensor:
+        """The limiter's factors [tensor]. A zero update leaves the norm it remembers, or nothing would move again."""
+        before = self.buffers["norm"][part[0] : part[-1] + 1]
+        limiter = torch.ones_like(norm)
+        if self.group["gamma"] is not None:
+            allowed = (self.group["gamma"] * before / norm).clamp(max=1.0)
+            limiter = torch.where((before > 0) & (norm > 0), allowed, limiter)
+        before.copy_(torch.where(norm > 0, norm * limiter, before))
+        self.last["limiter"][part[0] : part[-1] + 1] = limiter
+        self.last["norm"][part[0] : part[-1] + 1] = norm * limiter
+        return limiter
+
+    def _move(self, i: int, update: Tensor, factor: Tensor | float) -> None:
+        """W <- (1 - lr decay) W - lr update factor, in float32; bfloat16 weights are then rounded stochastically."""
+        lr, decay = self.group["lr"], 1 - self.group["lr"] * self.group["weight_decay"]
+        weight = self._upright(self.parameters[i].data)
+        exact = weight if weight.dtype == torch.float32 else weight.float()
+        if decay != 1:
+            exact.mul_(decay)
+        if isinstance(factor, Tensor):
+            exact.addcmul_(update if update.dtype == torch.float32 else update.float(), factor, value=-lr)
+        else:
+            exact.add_(update, alpha=-lr * factor)
+        if exact is not weight:
+            key = key_of(self.group["seed"], f"rounding {self.names[i]}", self.steps(i))
+            weight.copy_(stochastically_rounded(exact, key))
+
+    def telemetry(self) -> Iterator[dict[str, Any]]:
+        for i, (name, parameter) in enumerate(zip(self.names, self.parameters, strict=True)):
+            row: dict[str, Any] = {"name": name, "rule": self.rule.kind, "step": self.steps(i)}
+            if self.last:
+                scale = self.last["scale"][i]
+                update = self.group["lr"] * float(self.last["norm"][i])
+                row |= {f"scale_{word}": float(getattr(scale, word)()) for word in ("mean", "min", "max")}
+                row |= {"limiter": float(self.last["limiter"][i]), "update": update}
+                row["ratio"] = update / max(float(parameter.detach().float().norm()), 1e-30)
+            yield row
+
+
+def _squares(matrix: Tensor) -> Tensor:
+    """Sum of squares of each column of a matrix whose rows are contiguous: float32 [column]."""
+    high, wide = matrix.shape
+    rows = min(high, max(1, (1 << 17) // wide))
+    total = scratch("squares", (rows, wide), matrix.device).zero_()
+    for part in matrix.split(rows):
+        part = part.float()
+        total[: len(part)].addcmul_(part, part)
+    return total.sum(0)
+
+
+def scratch(name: str, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """Uninitialised memory that every part of a step uses again: fresh pages cost more than what is done in them."""
+    size = math.prod(shape)
+    held = _SCRATCH.get((name, device))
+    if held is None or held.numel() < size:
+        held = _SCRATCH[name, device] = torch.empty(size, device=device)
+    return held[:size].view(shape)
+
+
+def _adam_(
+    moved: Tensor, gradient: Tensor, first: Tensor, second: Tensor, *, steps: int, group: dict[str, Any]
+) -> None:
+    """Adam's step of length 1 from `moved`, which holds zeros, by torch's own kernel: minus A. Moments in place."""
+    taken = torch.full((), float(steps), device=moved.device)
+    adam(
+        [moved], [gradient], [first], [second], [], [taken], fused=moved.device.type in _FUSED, amsgrad=False,
+        beta1=group["betas"][0], beta2=group["betas"][1], lr=1.0, weight_decay=0.0, eps=group["eps"], maximize=False,
+    )  # fmt: skip
