@@ -33,6 +33,7 @@ from probes.errors import WrongInput
 from probes.model import HybridModel
 from probes.prompts import alike, pad
 from probes.scoring import log_probs, logits_at, row_sums
+from training.data import Segment
 
 Context = Literal["frozen", "full"]
 CONTEXT_BUCKET, DECISION_BUCKET = 32, 8  # widths are rounded up: a CPU prepares its kernels once for each shape
@@ -59,15 +60,6 @@ class Prefix:
     def bytes(self) -> int:
         held = (self.keys, self.values, self.states, self.windows)
         return sum(tensor.numel() * tensor.element_size() for part in held for tensor in part.values())
-
-
-@dataclass(frozen=True, kw_only=True)
-class Scored:
-    """One sequence to be scored: a decision after a context; `scored` says which decision tokens (never the first)."""
-
-    context: tuple[int, ...]
-    decision: tuple[int, ...]
-    scored: tuple[bool, ...]
 
 
 @torch.no_grad()
@@ -193,12 +185,12 @@ def stacked(model: HybridModel, prefixes: Sequence[Prefix]) -> tuple[Cache, Tens
 
 
 def score(
-    model: HybridModel, parts: Sequence[Scored], prefixes: Sequence[Prefix] | None, *, checkpointing: bool = False
-) -> Float[Tensor, " part"]:
-    """Log-probability of the scored tokens of each part, in nats, float32, with gradient.
+    model: HybridModel, parts: Sequence[Segment], prefixes: Sequence[Prefix] | None, *, checkpointing: bool = False
+) -> Float[Tensor, " segment"]:
+    """Log-probability of the scored tokens of each segment's decision, in nats, float32, with gradient.
 
     Args:
-        prefixes: what the contexts left behind, one for each part (frozen context); None: run the contexts too.
+        prefixes: what the contexts left behind, one for each segment (frozen context); None: run the contexts too.
         checkpointing: keep only what enters each layer, and compute the rest again in `backward`.
     """
     with _checkpointing(model) if checkpointing else _as_it_is():
@@ -207,7 +199,7 @@ def score(
         return _score_frozen(model, parts, prefixes)
 
 
-def _score_frozen(model: HybridModel, parts: Sequence[Scored], prefixes: Sequence[Prefix]) -> Tensor:
+def _score_frozen(model: HybridModel, parts: Sequence[Segment], prefixes: Sequence[Prefix]) -> Tensor:
     """Decisions are padded on the right, where nothing that is scored can see it."""
     cache, seen = stacked(model, prefixes)
     width = _rounded(max(len(part.decision) for part in parts), DECISION_BUCKET)
@@ -224,7 +216,7 @@ def _score_frozen(model: HybridModel, parts: Sequence[Scored], prefixes: Sequenc
     )  # fmt: skip
 
 
-def _score_full(model: HybridModel, parts: Sequence[Scored]) -> Tensor:
+def _score_full(model: HybridModel, parts: Sequence[Segment]) -> Tensor:
     fill = model.tokenizer.pad_token_id
     width = _rounded(max(len(part.context) + len(part.decision) for part in parts), CONTEXT_BUCKET)
     sequences = [[*part.context, *part.decision] for part in parts]
