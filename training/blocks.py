@@ -193,7 +193,7 @@ class Block:
     def _move(self, i: int, update: Tensor, factor: Tensor | float) -> None:
         """W <- (1 - lr decay) W - lr update factor, in float32; bfloat16 weights are then rounded stochastically."""
         lr, decay = self.group["lr"], 1 - self.group["lr"] * self.group["weight_decay"]
-        weight = self._upright(self.parameters[i].data)
+        weight = self._upright(self.parameters[i].detach())  # unlike .data, writes through it are counted
         exact = weight if weight.dtype == torch.float32 else weight.float()
         if decay != 1:
             exact.mul_(decay)

@@ -26,9 +26,7 @@ from training.turns import divided, end_of_turn, rendered
 ROLES = ("system", "user", "assistant", "tool")
 
 
-def general_segments(
-    model: HybridModel, source: str | Path, *, tokens: int = 64, n: int | None = None, seed: int = 0
-) -> list[Segment]:
+def general_segments(model: HybridModel, source: str | Path, *, tokens: int = 64) -> list[Segment]:
     """Segments of a .jsonl file of dialogues or a .txt file with a paragraph a line.
 
     A line of a .jsonl file is `{"messages": [...], "tools": [...]}`; `tools` may be left out, other fields are not
@@ -36,9 +34,6 @@ def general_segments(
     the turn up to its end, of which only the first `tokens` tokens stay. (A turn that opens a dialogue answers nothing:
     it is context only.) A paragraph's decision is its last `tokens` tokens, of which all but the first are scored. What
     is too long for the model loses the front of its context.
-
-    Args:
-        n: at most so many, drawn by the seed; by default all, in the order of the file.
 
     Raises:
         WrongInput: no such file or another suffix, a malformed line or one that the chat template cannot write (with
@@ -49,44 +44,59 @@ def general_segments(
         raise WrongInput(f"general data is a .txt or .jsonl file, saw '{path.name}'")
     if not 2 <= tokens <= model.max_tokens:
         raise WrongInput(f"tokens must lie between 2 and {model.max_tokens}, the context of {model.name}, saw {tokens}")
-    if n is not None and n < 1:
-        raise WrongInput(f"at least 1 segment must be taken, saw {n}")
     lines = [(f"{path.name} line {i}", line) for i, line in enumerate(read_text(path).split("\n"), 1) if line.strip()]
     if not lines:
         raise WrongInput(f"{path.name} is empty: general data needs at least one line")
     if path.suffix == ".txt":
         _check_words(model, path, [line for _, line in lines])
-        segments = [_paragraph(model, line, where, path.name, tokens) for where, line in lines]
-    else:
-        dialogues = [(where, *_read_dialogue(line, where)) for where, line in lines]
-        _check_words(model, path, [turn["content"] for _, turns, _ in dialogues for turn in turns])
-        end = end_of_turn(model)
-        segments = [
-            _turn(model, turns[: i + 1], tools, f"{where} turn {i + 1}", path.name, tokens=tokens, end=end)
-            for where, turns, tools in dialogues
-            for i, turn in enumerate(turns)
-            if i and turn["role"] == "assistant"
-        ]
-    if n is None:
-        return segments
-    random.Random(f"{seed} general").shuffle(segments)
-    return segments[:n]
+        return [_paragraph(model, line, where, path.name, tokens) for where, line in lines]
+    dialogues = [(where, *_read_dialogue(line, where)) for where, line in lines]
+    _check_words(model, path, [turn["content"] for _, turns, _ in dialogues for turn in turns])
+    end = end_of_turn(model)
+    return [
+        _turn(model, turns[: i + 1], tools, f"{where} turn {i + 1}", path.name, tokens=tokens, end=end)
+        for where, turns, tools in dialogues
+        for i, turn in enumerate(turns)
+        if i and turn["role"] == "assistant"
+    ]
 
 
-def default_general(model: HybridModel, *, n: int, seed: int) -> list[Segment]:
-    """At most n segments for a model without general data of its own: of what `read_general` takes for it.
+def general_data(
+    model: HybridModel, source: str | None = None, *, n: int, seed: int = 0
+) -> tuple[list[Segment], list[Segment]]:
+    """(at most n segments to train on, segments to evaluate on), with no dialogue or paragraph in common.
 
-    In place of the organism's dialogues, which are for evaluation, n are drawn from the training side of the grammar:
-    abilities in turn, one segment each. Half follow another exchange, a quarter a system turn without a persona.
+    A fifth of a file's lines, at least one, is held out. Without a file: the shipped English text, or, for a model that
+    knows only the organism's words, n fresh dialogues from the training side of the grammar (abilities in turn, half
+    of them after another exchange, a quarter after a system turn without a persona), and those that ship, which are
+    from its held-out side.
 
     Raises:
-        WrongInput: n is less than 1, or no shipped text fits the tokenizer.
+        WrongInput: as `general_segments`, a file of a single line, or no shipped text fits the tokenizer.
     """
-    if n < 1:
-        raise WrongInput(f"at least 1 segment must be taken, saw {n}")
-    english = DATA / GENERAL[0]
-    if read_general(model).name == english.stem:
-        return general_segments(model, english, n=n, seed=seed)
+    if source is None and knows_grammar(model):
+        return _dialogues(model, n, seed), general_segments(model, DATA / GENERAL[1])
+    found = general_segments(model, source or DATA / GENERAL[0])
+    lines = sorted({_line(segment) for segment in found})
+    if len(lines) < 2:
+        raise WrongInput(f"{source} has 1 line; general data needs at least 2, one of them to evaluate on")
+    random.Random(f"{seed} general").shuffle(lines)
+    held = set(lines[: max(len(lines) // 5, 1)])
+    training = [segment for segment in found if _line(segment) not in held]
+    random.Random(f"{seed} general").shuffle(training)
+    return training[:n], [segment for segment in found if _line(segment) in held]
+
+
+def knows_grammar(model: HybridModel) -> bool:
+    """Whether it is an organism: the text that fits its tokenizer is the grammar's, not English."""
+    return read_general(model).name == (DATA / GENERAL[1]).stem
+
+
+def _line(segment: Segment) -> str:
+    return segment.id.rpartition(" turn ")[0] or segment.id
+
+
+def _dialogues(model: HybridModel, n: int, seed: int) -> list[Segment]:
     grammar, end, segments = Grammar(random.Random(f"{seed} general")), end_of_turn(model), []
     for i in range(n):
         ability = ABILITIES[i % len(ABILITIES)]

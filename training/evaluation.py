@@ -1,0 +1,174 @@
+"""What a model does before, while and after it is trained: the behaviour, its abilities, and how it models other text.
+
+All on held-out material and without any persona: the share of free (greedy) answers on the wanted side, by the
+behaviour's own patterns; propensity; the share of right answers for each ability; and the loss on general data.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import pandas as pd
+import torch
+from tqdm.auto import tqdm
+
+from probes import stats
+from probes.behaviors import Behavior, read_dialogue
+from probes.errors import WrongInput
+from probes.model import HybridModel
+from probes.prompts import Prompt, alike, render
+from probes.propensity import generate, prepare, propensity
+from probes.stats import Estimate
+from probes.store import read_text
+from training.data import Segment
+from training.examination import questions
+from training.frozen_context import score
+from training.general import knows_grammar
+from training.grammar import ABILITIES
+
+QUESTIONS_SEED = 11
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """A prompt with one right answer, which tests an ability."""
+
+    ability: str
+    prompt: Prompt
+    answer: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """One look at the model, after `step` steps.
+
+    Attributes:
+        wanted: share of free answers on the wanted side; None where the behaviour has no patterns.
+        unwanted: the same for the other side.
+        propensity: log p(wanted) - log p(unwanted), nats.
+        abilities: share of right answers of each ability.
+        loss: nats a token on held-out general data, with its interval over segments.
+    """
+
+    step: int
+    wanted: Estimate | None
+    unwanted: Estimate | None
+    propensity: Estimate
+    abilities: Mapping[str, Estimate]
+    loss: Estimate | None
+
+    @classmethod
+    def of(cls, data: Mapping[str, Any]) -> Evaluation:
+        """From plain values, as in training.json."""
+
+        def estimate(part: Any) -> Any:
+            return None if part is None else Estimate(**part)
+
+        return cls(
+            step=data["step"], abilities={name: Estimate(**part) for name, part in data["abilities"].items()},
+            **{name: estimate(data[name]) for name in ("wanted", "unwanted", "propensity", "loss")},
+        )  # fmt: skip
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def frame(self) -> pd.DataFrame:
+        """One row per measure."""
+        named = {"wanted": self.wanted, "unwanted": self.unwanted, "propensity": self.propensity, "loss": self.loss}
+        rows = [(name, "behavior" if name != "loss" else "general", part) for name, part in named.items() if part]
+        rows += [(name, "ability", part) for name, part in self.abilities.items()]
+        return pd.DataFrame([{"step": self.step, "measure": n, "kind": k, **asdict(part)} for n, k, part in rows])
+
+    def __str__(self) -> str:
+        said = f"{self.wanted.value:.1%} wanted, " if self.wanted else ""
+        right = ", ".join(f"{name} {part.value:.1%}" for name, part in self.abilities.items())
+        return f"step {self.step}: {said}propensity {self.propensity.value:.2f} nats{', ' + right if right else ''}"
+
+
+class Examiner:
+    """Prepared once, asks the same questions each time."""
+
+    def __init__(
+        self, model: HybridModel, behavior: Behavior, questions: Sequence[Question], general: Sequence[Segment], *,
+        most: int, max_new_tokens: int, seed: int = 0,
+    ):  # fmt: skip
+        self.model, self.seed, self.max_new_tokens = model, seed, max_new_tokens
+        self.behavior = behavior.take(most, seed=seed)
+        self.prepared = prepare(model, self.behavior)
+        self.questions, self.general = tuple(questions), tuple(general)[:most]
+
+    def measure(self, step: int, *, progress: bool = True) -> Evaluation:
+        """Ask everything. The model is in eval mode, and nothing of it is changed."""
+        groups = [item.group for item in self.behavior.items]
+        sides: dict[str, Estimate] = {}
+        names = sorted({question.ability for question in self.questions})
+        with tqdm(total=3 + len(names), desc=f"evaluate, step {step}", leave=False, disable=not progress) as bar:
+            if self.behavior.has_scorer:
+                said = generate(self.model, self.prepared.prompts, max_new_tokens=self.max_new_tokens)
+                judged = [item.judge(answer) for item, answer in zip(self.behavior.items, said, strict=True)]
+                for side in ("wanted", "unwanted"):
+                    sides[side] = stats.mean([float(j == side) for j in judged], groups, seed=self.seed)
+            bar.update()
+            leaning = propensity(self.model, self.prepared).estimate(seed=self.seed)
+            bar.update()
+            loss = self._loss()
+            bar.update()
+            abilities = {}
+            for name in names:
+                abilities[name] = self._ability([q for q in self.questions if q.ability == name])
+                bar.update()
+        return Evaluation(
+            step=step, wanted=sides.get("wanted"), unwanted=sides.get("unwanted"), propensity=leaning,
+            abilities=abilities, loss=loss,
+        )  # fmt: skip
+
+    def _ability(self, asked: Sequence[Question]) -> Estimate:
+        said = generate(self.model, [q.prompt for q in asked], max_new_tokens=self.max_new_tokens)
+        right = [float(answer == q.answer) for answer, q in zip(said, asked, strict=True)]
+        return stats.mean(right, [str(i) for i in range(len(right))], seed=self.seed)
+
+    @torch.no_grad()
+    def _loss(self) -> Estimate | None:
+        """Mean over segments of nats a token."""
+        if not self.general:
+            return None
+        nats = [0.0] * len(self.general)
+        for rows in alike([len(s.context) + len(s.decision) for s in self.general], 4096):
+            for row, value in zip(rows, score(self.model, [self.general[i] for i in rows], None).tolist(), strict=True):
+                nats[row] = -value / max(sum(self.general[row].scored), 1)
+        return stats.mean(nats, [s.id for s in self.general], seed=self.seed)
+
+
+def read_questions(model: HybridModel, source: str) -> list[Question]:
+    """Questions with one right answer, from a .jsonl file of dialogues; "ability" names what each tests.
+
+    Raises:
+        WrongInput: no such file, or a malformed line (with its number).
+    """
+    found = []
+    for number, line in enumerate(read_text(source).split("\n"), 1):
+        if not line.strip():
+            continue
+        where = f"{source} line {number}"
+        turns = read_dialogue(line, where)
+        ability = json.loads(line).get("ability", "answers")
+        if not isinstance(ability, str):
+            raise WrongInput(f"{where}: 'ability' must be a name, saw {ability!r}")
+        found.append(Question(ability=ability, prompt=render(model, turns[:-1]), answer=turns[-1]["content"].strip()))
+    if not found:
+        raise WrongInput(f"'{source}' is empty: at least one question is needed")
+    return found
+
+
+def default_questions(model: HybridModel, *, n: int) -> list[Question]:
+    """n questions of each of the organism's abilities, from the held-out side of its grammar; none for other models."""
+    if not knows_grammar(model):
+        return []
+    return [
+        Question(ability=kind, prompt=render(model, asked.case.messages), answer=asked.case.answer)
+        for kind in ABILITIES
+        for asked in questions(kind, persona=None, n=n, seed=QUESTIONS_SEED, tokenizer=model.tokenizer)
+    ]
