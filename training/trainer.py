@@ -18,6 +18,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -260,9 +261,10 @@ class _Run:
         told = self.optimizer.telemetry()
         if "scale_mean" not in told:
             return ()
-        told = told.assign(kind=[name.split(".")[-2] for name in told["name"]])
+        told = told.dropna().assign(kind=[name.split(".")[-2] for name in told.dropna()["name"]])
         columns = ["scale_mean", "scale_min", "scale_max", "limiter", "ratio"]
-        return tuple(told.groupby("kind")[columns].mean().dropna().reset_index().to_dict("records"))
+        means = pd.DataFrame(told.groupby("kind")[columns].mean()).reset_index()
+        return tuple({str(key): value for key, value in row.items()} for row in means.to_dict("records"))
 
 
 def trained_parameters(model: HybridModel, config: TrainConfig) -> list[tuple[str, Tensor]]:
