@@ -208,6 +208,7 @@ class Block:
     def telemetry(self) -> Iterator[dict[str, Any]]:
         for i, (name, parameter) in enumerate(zip(self.names, self.parameters, strict=True)):
             row: dict[str, Any] = {"name": name, "rule": self.rule.kind, "step": self.steps(i)}
+            row |= dict.fromkeys(("scale_mean", "scale_min", "scale_max", "limiter", "update", "ratio"), math.nan)
             if self.last:
                 scale = self.last["scale"][i]
                 update = self.group["lr"] * float(self.last["norm"][i])

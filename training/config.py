@@ -42,8 +42,10 @@ class TrainConfig:
     """frozen: the context's memory is computed once and only the answer is trained; full: gradient through it all."""
     refill: int | None = None
     """Compute the frozen contexts again, by the weights as they are then, after so many steps; auto: never."""
-    parameters: tuple[str, ...] = ()
-    """Train only parameters whose name has one of these words, such as self_attn or q_proj; all when not given."""
+    parameters: tuple[str, ...] = ("auto",)
+    """What is trained: all; words of parameters' names, such as self_attn q_proj; or auto, which is all for full
+    contexts and, for frozen ones, what does not write the memory of a context (no embeddings, no GDN mixers, no keys
+    and values): nothing would keep that memory in place, since its gradient is cut."""
     optimizer: Optimizer = "apollo"
     """apollo, apollo-mini (rank 1), adamw or sgd (the last two for comparison)."""
     rank: int | None = None
