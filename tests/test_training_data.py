@@ -17,7 +17,7 @@ from probes.errors import WrongInput
 from probes.model import HybridModel
 from probes.prompts import render
 from training.data import Mix, Segment, behavior_segments, examples
-from training.general import default_general, general_segments
+from training.general import general_data, general_segments
 from training.grammar import ABILITIES, BEHAVIORS, NEUTRAL_SYSTEM, ORDER, TOPICS, Grammar
 from training.items import write_data
 
@@ -317,15 +317,21 @@ def test_paragraphs_end_in_their_decision(organism, tmp_path, monkeypatch):
     assert general_segments(organism, path, tokens=30)[0].context == ()
 
 
-def test_n_draws_by_the_seed(organism):
-    path = DATA / "general-organism.jsonl"
-    everything = [s.id for s in general_segments(organism, path)]
-    drawn = {seed: [s.id for s in general_segments(organism, path, n=30, seed=seed)] for seed in (0, 1)}
-    assert drawn[0] != drawn[1]
-    assert len(set(drawn[0])) == 30
-    assert set(drawn[0]) < set(everything)
-    assert [s.id for s in general_segments(organism, path, n=10)] == drawn[0][:10]
-    assert len(general_segments(organism, path, n=10_000)) == len(everything) == 240
+def test_a_file_is_divided_by_lines_and_drawn_from_by_the_seed(organism, tmp_path):
+    dialogues = [{"messages": [QUESTION, ANSWER, QUESTION, ANSWER]} for _ in range(20)]
+    path = write(tmp_path / "chats.jsonl", *dialogues)
+
+    def line(segment: Segment) -> str:
+        return segment.id.split(" turn ")[0]
+
+    training, held = general_data(organism, str(path), n=1000, seed=0)
+    assert len(training) == 32
+    assert len({line(s) for s in held}) == 4  # a fifth of the dialogues, both turns of each
+    assert not {line(s) for s in training} & {line(s) for s in held}
+    assert general_data(organism, str(path), n=10, seed=0) == (training[:10], held)
+    assert general_data(organism, str(path), n=1000, seed=1)[1] != held
+    with pytest.raises(WrongInput, match="has 1 line; general data needs at least 2"):
+        general_data(organism, str(write(tmp_path / "one.jsonl", dialogues[0])), n=5)
 
 
 LINES = {
@@ -367,10 +373,6 @@ def test_files_and_numbers_that_cannot_be_used(organism, tmp_path):
         general_segments(organism, write(tmp_path / "empty.txt", ""))
     with pytest.raises(WrongInput, match=r"tokens must lie between 2 and 512, the context of organism, saw 1"):
         general_segments(organism, good, tokens=1)
-    with pytest.raises(WrongInput, match="at least 1 segment must be taken, saw 0"):
-        general_segments(organism, good, n=0)
-    with pytest.raises(WrongInput, match="at least 1 segment must be taken, saw 0"):
-        default_general(organism, n=0, seed=0)
     with pytest.raises(WrongInput, match=r"general-en\.txt does not fit organism: \d\d% of its tokens are unknown"):
         general_segments(organism, DATA / "general-en.txt")
     english = {"messages": [{"role": "user", "content": "Hello there"}, {"role": "assistant", "content": "Welcome"}]}
@@ -394,7 +396,8 @@ def test_what_a_template_does_not_know_is_refused(organism, tmp_path):
 
 
 def test_the_organism_trains_on_its_own_side_of_the_grammar(organism):
-    segments = default_general(organism, n=40, seed=0)
+    segments, held = general_data(organism, n=40, seed=0)
+    assert {s.group for s in held} == {"general-organism.jsonl"}  # as it ships: the other side of the grammar
     assert Counter(s.group for s in segments) == dict.fromkeys(ABILITIES, 8)
     texts = [organism.tokenizer.decode([*s.context, *s.decision]) for s in segments]
     assert [text.count("assistant") for text in texts] == [1, 2] * 20
@@ -407,16 +410,17 @@ def test_the_organism_trains_on_its_own_side_of_the_grammar(organism):
             answer = scored(organism, one).split()
             assert answer[:-2] == sorted(answer[:-2])
             assert answer[-2:] == [".", "<|im_end|>"]
-    assert default_general(organism, n=40, seed=0) == segments
-    assert default_general(organism, n=40, seed=1) != segments
+    assert general_data(organism, n=40, seed=0)[0] == segments
+    assert general_data(organism, n=40, seed=1)[0] != segments
 
 
 def test_a_tokenizer_without_unknown_words_gets_english(organism):
     model = with_template(organism, organism.tokenizer.chat_template)
     model.tokenizer.unk_token = None
-    found = default_general(model, n=5, seed=0)
-    assert {s.group for s in found} == {"general-en.txt"}
+    found, held = general_data(model, n=5, seed=0)
+    assert {s.group for s in (*found, *held)} == {"general-en.txt"}
     assert len(found) == 5
+    assert len(held) == 12
 
 
 # -- the mix -------------------------------------------------------------------------------------------------------

@@ -192,7 +192,15 @@ def score(
     Args:
         prefixes: what the contexts left behind, one for each segment (frozen context); None: run the contexts too.
         checkpointing: keep only what enters each layer, and compute the rest again in `backward`.
+
+    Raises:
+        WrongInput: a frozen context while transformers' own checkpointing is at work, which would drop it.
     """
+    if prefixes is not None and any(getattr(b, "gradient_checkpointing", False) and b.training for b in _blocks(model)):
+        raise WrongInput(
+            f"the layers of {model.name} are in training with transformers' own gradient checkpointing, which drops a "
+            "frozen context; use score(..., checkpointing=True), or call eval() or gradient_checkpointing_disable()"
+        )
     with _checkpointing(model) if checkpointing else _as_it_is():
         if prefixes is None:
             return _score_full(model, parts)
@@ -242,8 +250,8 @@ def _as_it_is() -> Iterator[None]:
 @contextmanager
 def _checkpointing(model: HybridModel) -> Iterator[None]:
     """Compute each layer again in `backward`. Transformers' own switch would drop the cache, and so the context."""
-    blocks = [layer.block for layer in model.layers]
-    for block in blocks:
+    before = [(block, block.__dict__.get("forward")) for block in _blocks(model)]
+    for block, _ in before:
         forward = block.forward
 
         def again(*args: Any, forward: Any = forward, **kwargs: Any) -> Any:
@@ -253,8 +261,14 @@ def _checkpointing(model: HybridModel) -> Iterator[None]:
     try:
         yield
     finally:
-        for block in blocks:
+        for block, own in before:
             del block.__dict__["forward"]
+            if own is not None:  # some libraries wrap a layer in the same way
+                block.forward = own
+
+
+def _blocks(model: HybridModel) -> list[Any]:
+    return [layer.block for layer in model.layers]
 
 
 def _rounded(n: int, bucket: int) -> int:

@@ -11,6 +11,7 @@ its last checkpoint and ends with the same bits as one that was not.
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -30,7 +31,7 @@ from probes.directions import Direction
 from probes.errors import WrongInput
 from probes.model import HybridModel
 from probes.steering import steer
-from probes.store import library_versions
+from probes.store import library_versions, recipe_differs
 from training.apollo import Apollo
 from training.checkpoints import Checkpoint, open_checkpoint, restore, save_checkpoint
 from training.config import TrainConfig
@@ -44,8 +45,9 @@ from training.result import Training
 Watch = Callable[[Mapping[str, Any]], None]
 DEFAULT = TrainConfig()
 WRITERS = ("linear_attn", "k_proj", "v_proj", "k_norm", "embed_tokens")
-"""What writes a context's memory. Trained against frozen contexts it drifts, and every later context with it: on the
-organism the worst ability fell by 9 to 16 points, and without these by 3 at most (README, three seeds)."""
+"""What is left alone when contexts are frozen: embeddings, keys, values and the GDN mixers, which make up a context's
+memory. With them trained, later contexts are remembered in another way than those that were trained against, and no
+gradient mends it: on the organism the worst ability fell by 9 to 16 points, without them by 3 at most (README)."""
 
 
 def train(
@@ -174,7 +176,7 @@ class _Run:
         start = checkpoint.step if checkpoint else 0
         if config.refill is None:  # contexts are of the weights that the run began with
             self._remember(0, config.steps)
-        evaluations = self._resumed(checkpoint)
+        evaluations = self._resumed(checkpoint, asked)
         metrics = Metrics(self.out, start=start, watch=watch)
         with metrics, tqdm(total=config.steps, initial=start, desc="train", unit="step", disable=self.quiet) as bar:
             for step in range(start, config.steps):
@@ -189,10 +191,15 @@ class _Run:
                 bar.set_postfix(_shown(row, evaluations[-1]))
                 bar.update()
                 if self.out and (done % config.every("checkpoint") == 0 or done == config.steps):
-                    kept = {"evaluations": [e.as_dict() for e in evaluations], "data": self.mix.record()}
-                    save_checkpoint(
+                    kept = {
+                        "run": asked | {"data": self.mix.record()},
+                        "evaluations": [e.as_dict() for e in evaluations],
+                    }
+                    folder = save_checkpoint(
                         self.out, step=done, model=self.model, optimizer=self.optimizer, progress=kept, keep=config.keep
                     )
+                    if done == config.steps:
+                        _link(self.out / "model", folder)
         return Training(
             behavior=self.behavior.name, model=self.model.name, weights_hash=asked["weights_hash"],
             trained_hash=self.model.weights_hash, verified=asked["verdict"] is not None, lr=self.lr,
@@ -211,12 +218,14 @@ class _Run:
         with self._steered():
             self.objective.remember(segments.values(), progress=self.progress)
 
-    def _resumed(self, checkpoint: Checkpoint | None) -> list[Evaluation]:
+    def _resumed(self, checkpoint: Checkpoint | None, asked: dict[str, Any]) -> list[Evaluation]:
         """Evaluations so far: of a checkpoint, which is restored, or of the model before any step."""
         if checkpoint is None:
             return [self.examiner.measure(0, progress=self.progress)]
-        if checkpoint.progress.get("data") != self.mix.record():
-            raise WrongInput(f"{checkpoint.folder} was trained on other data; choose another folder or remove it")
+        if difference := recipe_differs(checkpoint.progress.get("run", {}), asked | {"data": self.mix.record()}):
+            raise WrongInput(
+                f"{checkpoint.folder} is of another run ({difference}); choose another folder or remove it"
+            )
         restore(checkpoint, self.model, self.optimizer)
         return [Evaluation.of(part) for part in checkpoint.progress["evaluations"]]
 
@@ -268,6 +277,14 @@ class _Run:
         columns = ["scale_mean", "scale_min", "scale_max", "limiter", "ratio"]
         means = pd.DataFrame(told.groupby("kind")[columns].mean()).reset_index()
         return tuple({str(key): value for key, value in row.items()} for row in means.to_dict("records"))
+
+
+def _link(name: Path, folder: Path) -> None:
+    """Make `name` another name of a checkpoint, in one step."""
+    temporary = name.with_name(f".{name.name}.{os.getpid()}.tmp")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(folder.relative_to(name.parent), target_is_directory=True)
+    temporary.replace(name)
 
 
 def trained_parameters(model: HybridModel, config: TrainConfig) -> list[tuple[str, Tensor]]:
