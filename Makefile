@@ -14,7 +14,7 @@ export GOMP_SPINCOUNT ?= 2000
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test lint organism organism-state organism-attention real-model clean
+.PHONY: help install demo train test lint organism organism-state organism-attention real-model clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -23,6 +23,10 @@ install: $(STAMP) ## create .venv with everything the other targets need
 
 demo: $(STAMP) ## verify a direction in the organism: verdict and report in runs/demo
 	@$(BIN)/dispositions verify follow-direction --out runs/demo
+
+train: $(STAMP) ## verify the direction, then train the behaviour into the organism: report in runs/trained
+	@$(BIN)/dispositions verify follow-direction --out runs/demo
+	@$(BIN)/dispositions train follow-direction --verdict runs/demo --out runs/trained
 
 test: $(STAMP) ## run the tests
 	@$(BIN)/pytest

@@ -19,14 +19,13 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
-import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import tyro
+from state_snapshots import medians
 from torch import Tensor, nn
 
 from probes.store import library_versions
@@ -164,21 +163,6 @@ def measure(options: Options) -> dict[str, Any]:
         "runs": options.runs,
         "versions": library_versions(),
     }
-
-
-def medians(work: dict[str, Callable[[], Any]], *, runs: int, warmup: int) -> dict[str, dict[str, float]]:
-    """Seconds of each: median, fastest and slowest of runs by turns, each coming first equally often."""
-    times: dict[str, list[float]] = {name: [] for name in work}
-    names = list(work)
-    for run in range(warmup + runs):
-        first = run % len(names)
-        for name in (*names[first:], *names[:first]):
-            start = time.perf_counter()
-            work[name]()
-            if run >= warmup:
-                times[name].append(time.perf_counter() - start)
-    kinds = {"seconds": statistics.median, "fastest": min, "slowest": max}
-    return {kind: {name: round(of(values), 5) for name, values in times.items()} for kind, of in kinds.items()}
 
 
 if __name__ == "__main__":

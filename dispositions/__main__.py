@@ -1,4 +1,4 @@
-"""The command line: `dispositions verify | localize | compare | probe | capture | behaviors | report`.
+"""The command line: `dispositions verify | train | localize | compare | probe | capture | behaviors | report`.
 
 Exit codes: 0 PASS (or done), 1 FAIL, 3 INCONCLUSIVE, 2 wrong input (one line says what is wrong), 70 a fault of the
 program itself.
@@ -18,11 +18,12 @@ from typing import Any
 import tyro
 
 from dispositions.commands import Behaviors, Capture, Compare, Localize, Probe, Report, Verify
+from dispositions.training import Train
 from probes.errors import WrongInput
 
 LAYERS = tuple[int, ...] | None
 COMMANDS = {
-    "verify": Verify, "localize": Localize, "compare": Compare, "probe": Probe, "capture": Capture,
+    "verify": Verify, "train": Train, "localize": Localize, "compare": Compare, "probe": Probe, "capture": Capture,
     "behaviors": Behaviors, "report": Report,
 }  # fmt: skip
 

@@ -16,6 +16,8 @@ from analysis.localization_report import write_localization_report
 from analysis.report import write_report
 from analysis.shift import Shift, open_shift
 from analysis.shift_report import write_shift_report
+from analysis.training_report import write_training_report
+from dispositions.asked import Asked, Device, Dtype
 from dispositions.runs import checked, claimed, model_slug, slug, variant
 from probes.behaviors import Behavior, check_vocabulary, read_behavior, shipped_behaviors
 from probes.capture import capture
@@ -30,37 +32,19 @@ from probes.model import HybridModel, load
 from probes.sites import positions_at
 from probes.store import library_versions, read_json, write_text
 from probes.verify import GateConfig, recipe, verify
+from training.result import open_training
 
-BehaviorName = Annotated[Positional[str], tyro.conf.arg(metavar="BEHAVIOR")]
-Device = Annotated[str, tyro.conf.arg(help="Where to run: cpu, cuda, cuda:0, ...")]
-Dtype = Annotated[str, tyro.conf.arg(help="auto (what the checkpoint says), float32, bfloat16 or float16.")]
-RESULTS = {"verdict.json": "criteria", "localization.json": "carrier", "shift.json": "aligned"}
+RESULTS = {
+    "verdict.json": "criteria",
+    "localization.json": "carrier",
+    "shift.json": "aligned",
+    "training.json": "evaluations",
+}
 """What a run folder holds, and the field that only such a result has."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Asked:
-    """A behaviour and the model that is asked about it."""
-
-    behavior: BehaviorName
-    """A shipped behaviour (see `dispositions behaviors`) or a JSONL file of contrast pairs."""
-    model: str = "organism"
-    """organism, organism-state, organism-attention, a local folder, a .gguf file or a hub id."""
-    device: Device = "cpu"
-    dtype: Dtype = "auto"
-
-    def load(self) -> tuple[HybridModel, Behavior]:
-        behavior = read_behavior(self.behavior)
-        model = load(self.model, device=self.device, dtype=self.dtype)
-        check_vocabulary(model, behavior)
-        return model, behavior
-
-    def folder(self, out: Path | None, kind: str, behavior: Behavior) -> Path:
-        return checked(out, Path("runs") / f"{kind}{slug(behavior.name)}-{model_slug(self.model)}{variant(self)}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Verify(_Asked):
+class Verify(Asked):
     """Judge whether a behaviour's direction causes the behaviour.
 
     Extracts the direction on some topics, judges it on others, and writes verdict.json, direction.safetensors and
@@ -95,7 +79,7 @@ class Verify(_Asked):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Localize(_Asked):
+class Localize(Asked):
     """Tell what carries a behaviour from token to token, and at which layers and heads it can be given.
 
     Exchanges what the two personas left in the states, the convolutions, and the keys and values: nothing else crosses
@@ -169,7 +153,7 @@ class Compare:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Probe(_Asked):
+class Probe(Asked):
     """Tell at which layers and heads wanted and unwanted can be told apart by a linear probe.
 
     Logistic regression on the two sides of a behaviour, scored on topics it was not fitted on, against the same probe
@@ -213,7 +197,7 @@ class Probe(_Asked):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Capture(_Asked):
+class Capture(Asked):
     """Record what happens inside a model on a behaviour's prompts, to a folder of safetensors.
 
     Resumes where an interrupted capture stopped. Read it back with probes.store.open_capture(folder).
@@ -280,7 +264,7 @@ class Behaviors:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """Write report.html again from a run's verdict.json, localization.json or shift.json."""
+    """Write report.html again from a run's verdict.json, localization.json, shift.json or training.json."""
 
     run_folder: Annotated[Positional[Path], tyro.conf.arg(metavar="RUN")]
     """A run folder, such as runs/demo."""
@@ -301,6 +285,10 @@ class Report:
         if kind == "aligned":
             shift = open_shift(result)
             return _show(shift, write_shift_report(shift, page))
+        if kind == "evaluations":
+            print(open_training(result).sentence)
+            print(write_training_report(result.parent))
+            return 0
         verdict = open_verdict(result)
         return _say(verdict, write_report(verdict, page))
 

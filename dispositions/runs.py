@@ -13,7 +13,7 @@ from typing import Any
 from probes.errors import WrongInput
 from probes.store import RECIPE, read_json, recipe_differs, write_json
 
-_SUBJECTS = {"behavior", "model", "before", "after", "out"}
+_SUBJECTS = {"behavior", "model", "before", "after", "out", "verdict", "resume", "gradients", "sharpness", "ablation"}
 _LONGEST = 60  # of what names the options in a folder's name
 
 

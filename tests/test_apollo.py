@@ -142,6 +142,7 @@ def as_channels(rotation: Callable[[int], Tensor], monkeypatch: pytest.MonkeyPat
     rule = Rule(kind="channel", shape=(n, m), rank=n, alpha=1.0)
     monkeypatch.setattr(blocks, "signs", lambda *_, **__: rotation(n)[None])
     block = Block(rule=rule, group=group, state={weight: {}}, names=[name], parameters=[weight])
+    block.bind()
     adamw = torch.optim.AdamW([other], lr=1.0, weight_decay=0.0)
     for step in range(30):
         before = other.detach().clone()

@@ -114,6 +114,7 @@ class Apollo(torch.optim.Optimizer):
         energies = {id(block): block.energies() for block in self.blocks}
         self._require_finite(energies)
         for block in self.blocks:
+            block.bind()
             for part in block.parts():
                 block.advance(part, energies[id(block)])
         return loss
@@ -133,6 +134,7 @@ class Apollo(torch.optim.Optimizer):
             with torch.no_grad():
                 energies = block.energies(only=i)
                 self._require_finite({id(block): energies})
+                block.bind()
                 block.advance([i], energies)
             parameter.grad = None
 

@@ -36,9 +36,16 @@ class Rule:
         return min(self.shape)
 
     @property
+    def wide(self) -> bool:
+        """Whether channels are columns: the larger dimension is the second."""
+        return len(self.shape) == 2 and self.shape[0] <= self.shape[1]
+
+    @property
     def moments(self) -> tuple[int, ...]:
-        """Shape of each of the two moments."""
-        return self.shape if self.kind == "adam" else (max(self.shape), self.rank)
+        """Shape of each of the two moments, as the matrix lies: [r, m] of a wide one, [m, r] of a tall one."""
+        if self.kind == "adam":
+            return self.shape
+        return (self.rank, self.shape[1]) if self.wide else (self.shape[0], self.rank)
 
     @property
     def state_bytes(self) -> int:
@@ -56,7 +63,7 @@ def rule_of(name: str, shape: tuple[int, ...], *, rank: int, alpha: float | None
 
 @dataclass(kw_only=True, eq=False)
 class Block:
-    """Tensors of one rule. Their moments lie in one buffer each, [tensor, m, r]; `state` has the views."""
+    """Tensors of one rule. Their moments lie in one buffer each, [tensor, ...]; `state` has the views."""
 
     rule: Rule
     group: dict[str, Any]
@@ -70,12 +77,8 @@ class Block:
         self.last: dict[str, Tensor] = {}
 
     def gradient(self, i: int) -> Tensor:
-        """n x m, the smaller dimension first (a view)."""
-        return self._upright(self.parameters[i].grad)
-
-    def _upright(self, tensor: Any) -> Tensor:
-        tall = self.rule.kind != "adam" and tensor.shape[0] > tensor.shape[1]
-        return tensor.T if tall else tensor
+        gradient: Any = self.parameters[i].grad
+        return gradient
 
     def energies(self, only: int | None = None) -> dict[int, Tensor]:
         """Sum of squares of each gradient: by channel [m], or whole [1]."""
@@ -87,10 +90,7 @@ class Block:
             if self.rule.kind == "adam":
                 found[i] = gradient.float().square().sum()[None]
                 continue
-            if gradient.stride(1) == 1:
-                squares = _squares(gradient)
-            else:  # a tall matrix: its channels are contiguous
-                squares = torch.linalg.vector_norm(gradient, dim=0, dtype=torch.float32).square()
+            squares = _squares(gradient, 0 if self.rule.wide else 1)
             found[i] = squares if self.rule.kind == "channel" else squares.sum()[None]
         return found
 
@@ -107,7 +107,7 @@ class Block:
     def steps(self, i: int) -> int:
         return self.state[self.parameters[i]].get("step", 0)
 
-    def _bind(self) -> None:
+    def bind(self) -> None:
         """Make the buffers, and the state's tensors views of them; also after others were loaded into the state."""
         bound = bool(self.views) and all(
             self.state[parameter].get(key) is view
@@ -136,8 +136,7 @@ class Block:
                 state[key] = view
 
     def advance(self, part: list[int], energies: dict[int, Tensor]) -> None:
-        """Step the tensors of a part: neighbours, after equally many steps."""
-        self._bind()
+        """Step the tensors of a part: neighbours, after equally many steps. `bind` comes first."""
         group, rule, step = self.group, self.rule, self.steps(part[0])
         period, since = divmod(step, group["refresh"])
         first, second = (self.buffers[key][part[0] : part[-1] + 1] for key in ("first", "second"))
@@ -152,19 +151,18 @@ class Block:
             for i, update in zip(part, moved, strict=True):
                 self._move(i, update, -1.0)
         else:
-            axes = (1, 2) if rule.kind == "tensor" else (2,)
-            size, energy = torch.linalg.vector_norm(projected, dim=axes), torch.stack([energies[i] for i in part])
-            scale = rule.alpha * torch.linalg.vector_norm(moved, dim=axes) / size
-            scale = torch.where(size > 0, scale, 0.0).view(energy.shape)
+            energy = torch.stack([energies[i] for i in part])
+            size, reach = (self._norms(tensor) for tensor in (projected, moved))
+            scale = torch.where(size > 0, rule.alpha * reach / size, 0.0)
             limiter = self._limited(part, (scale.square() * energy).sum(1).sqrt())
             self.last["scale"][part[0] : part[-1] + 1] = scale
             for i, factor in zip(part, scale * limiter[:, None], strict=True):
-                self._move(i, self.gradient(i), factor)
+                self._move(i, self.gradient(i), factor if rule.wide else factor[:, None])
         for i in part:
             self.state[self.parameters[i]]["step"] = step + 1
 
     def _projected(self, part: list[int], period: int) -> Tensor:
-        """R of each tensor, transposed: [tensor, m, r]; for plain AdamW the gradients themselves."""
+        """R of each tensor, as its moments lie; for plain AdamW the gradients themselves."""
         if self.rule.kind == "adam":
             return torch.stack([self.gradient(i).float() for i in part])
         rank, device = self.rule.rank, self.parameters[0].device
@@ -175,8 +173,15 @@ class Block:
             drawn = normal(keys, rank, self.rule.n, device=device).mul_(rank**-0.5)
         found = scratch("projected", (len(part), *self.rule.moments), device)
         for i, projection, out in zip(part, drawn, found, strict=True):
-            torch.mm(self.gradient(i).float().T, projection.T, out=out)
+            gradient = self.gradient(i).float()
+            torch.mm(*((projection, gradient) if self.rule.wide else (gradient, projection.T)), out=out)
         return found
+
+    def _norms(self, projected: Tensor) -> Tensor:
+        """Of each channel [tensor, m], or of each tensor [tensor, 1]."""
+        if self.rule.kind == "tensor":
+            return torch.linalg.vector_norm(projected, dim=(1, 2))[:, None]
+        return torch.stack([_squares(one, 0 if self.rule.wide else 1).sqrt() for one in projected])
 
     def _limited(self, part: list[int], norm: Tensor) -> Tensor:
         """The limiter's factors [tensor]. A zero update leaves the norm it remembers, or nothing would move again."""
@@ -193,7 +198,7 @@ class Block:
     def _move(self, i: int, update: Tensor, factor: Tensor | float) -> None:
         """W <- (1 - lr decay) W - lr update factor, in float32; bfloat16 weights are then rounded stochastically."""
         lr, decay = self.group["lr"], 1 - self.group["lr"] * self.group["weight_decay"]
-        weight = self._upright(self.parameters[i].detach())  # unlike .data, writes through it are counted
+        weight = self.parameters[i].detach()  # unlike .data, writes through it are counted
         exact = weight if weight.dtype == torch.float32 else weight.float()
         if decay != 1:
             exact.mul_(decay)
@@ -218,9 +223,11 @@ class Block:
             yield row
 
 
-def _squares(matrix: Tensor) -> Tensor:
-    """Sum of squares of each column of a matrix whose rows are contiguous: float32 [column]."""
-    high, wide = matrix.shape
+def _squares(matrix: Tensor, dim: int) -> Tensor:
+    """Sums of squares along one dimension of a matrix, float32: [other dimension]."""
+    if dim == 1:
+        return torch.linalg.vector_norm(matrix, dim=1, dtype=torch.float32).square()
+    high, wide = matrix.shape  # torch sums down columns several times slower than this
     rows = min(high, max(1, (1 << 17) // wide))
     total = scratch("squares", (rows, wide), matrix.device).zero_()
     for part in matrix.split(rows):

@@ -1,0 +1,116 @@
+"""The command that trains: on the word of a verdict, with what it did to the model beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from analysis.gradients import GradientConfig, gradients
+from analysis.sharpness import SharpnessConfig, sharpness
+from analysis.training_report import ABLATION, GRADIENTS, SHARPNESS, UPDATES, write_training_report
+from analysis.updates import snapshot, updates
+from dispositions.asked import Asked
+from dispositions.runs import claimed
+from probes.behaviors import Behavior
+from probes.criteria import open_verdict
+from probes.directions import open_direction
+from probes.errors import WrongInput
+from probes.model import HybridModel, load
+from probes.store import write_json
+from training.config import SMALL, TrainConfig
+from training.result import RESULT, open_training
+from training.trainer import checked_verdict, recipe, train
+
+When = Literal["auto", "yes", "no"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train(Asked):
+    """Train a behaviour into the weights, once its direction is verified.
+
+    Starts only on a verdict that is PASS for this behaviour and these weights. Only the answers are trained, against
+    contexts computed once, with APOLLO and a quarter of general data. Writes metrics.jsonl, checkpoints, the trained
+    model (RUN/model, a folder that every command takes), training.json and report.html. A run that was interrupted goes
+    on from its last checkpoint when the same command is given again.
+
+    dispositions verify follow-direction && dispositions train follow-direction --verdict runs/follow-direction-organism
+
+    dispositions train my.jsonl --model ./my-qwen3.5 --verdict runs/mine --general chats.jsonl --lr 2e-5
+
+    dispositions compare organism runs/train-follow-direction-organism/model --behavior follow-direction
+    """
+
+    verdict: Path | None = None
+    """verdict.json, or its folder, of `dispositions verify` on the same behaviour and model."""
+    unverified: bool = False
+    """Train without a verdict; the result and its report say so."""
+    resume: Literal["latest", "previous"] = "latest"
+    """Go on from the newest checkpoint, or, where that one is damaged, from the one before."""
+    gradients: When = "auto"
+    """Also measure where the gradient goes; auto: in models below 20M parameters."""
+    sharpness: When = "auto"
+    """Also measure the directional sharpness of APOLLO, APOLLO-Mini, AdamW and SGD; auto: in models below 20M
+    parameters."""
+    ablation: When = "auto"
+    """Also train without general data from the same start, to show what it kept; auto: in models below 20M
+    parameters."""
+    out: Path | None = None
+    """Folder of the run; when not given runs/train-BEHAVIOR-MODEL, with the options that are not the default."""
+    config: TrainConfig = field(default_factory=TrainConfig)
+
+    def run(self) -> int:
+        model, behavior = self.load()
+        verdict = None if self.verdict is None else open_verdict(self.verdict)
+        checked_verdict(verdict, behavior, model, unverified=self.unverified)
+        config, out = self.config, self.folder(self.out, "train-", behavior)
+        asked = {"kind": "train", **recipe(model, behavior, config, verdict)}
+        small = sum(p.numel() for p in model.hf.parameters()) < SMALL
+        with claimed(out, asked, RESULT, model, behavior) as finished:
+            if not finished:
+                self._measure(model, behavior, small, out)
+                before = snapshot(model)
+                done = train(
+                    model, behavior, config, verdict=verdict, unverified=self.unverified, out=out,
+                    direction=self._direction(model), previous=self.resume == "previous",
+                )  # fmt: skip
+                write_json(out / UPDATES, updates(before, snapshot(model)).as_dict())
+                if config.general_share and self._wanted(self.ablation, small):
+                    alone = train(
+                        load(self.model, device=self.device, dtype=self.dtype), behavior,
+                        replace(config, general_share=0.0), unverified=True,
+                    )  # fmt: skip
+                    alone.save(out / ABLATION)
+                done.save(out / RESULT)  # last: a folder that has it is finished
+        done = open_training(out)
+        print(done.table())
+        print(done.sentence)
+        print(out / "model")
+        print(write_training_report(out))
+        return 0
+
+    def _direction(self, model: HybridModel) -> Any:
+        """The verdict's own, for --steer."""
+        if not self.config.steer:
+            return None
+        if self.verdict is None:
+            raise WrongInput(f"steer is {self.config.steer:g}; it needs --verdict, beside which the direction lies")
+        folder = self.verdict if self.verdict.is_dir() else self.verdict.parent
+        return open_direction(folder / "direction.safetensors", model=model)
+
+    def _measure(self, model: HybridModel, behavior: Behavior, small: bool, out: Path) -> None:
+        """What is asked of the model before it is trained; a result that is there already is kept."""
+        config = self.config
+        shared: dict[str, Any] = {"general": config.general, "seed": config.seed}
+        jobs: list[tuple[When, str, Callable[[], Any]]] = [
+            (self.gradients, GRADIENTS, lambda: gradients(model, behavior, GradientConfig(**shared))),
+            (self.sharpness, SHARPNESS, lambda: sharpness(model, behavior, SharpnessConfig(**shared))),
+        ]
+        for when, name, measure in jobs:
+            if self._wanted(when, small) and not (out / name).is_file():
+                measure().save(out / name)
+
+    @staticmethod
+    def _wanted(when: When, small: bool) -> bool:
+        return when == "yes" or (when == "auto" and small)
