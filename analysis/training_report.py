@@ -7,6 +7,7 @@ says in its own words is in `templates/training.html.j2`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,7 @@ CONFIG = {
     "seed": "decides the data and their order, projections and rounding",
 }
 OPEN = 24  # tables with more rows are folded
+_MINUS = re.compile(r"(?<!\w)-(?=\d)")
 Cell = tuple[str, str]
 """What a cell says, and what stands below it in small type."""
 
@@ -112,7 +114,7 @@ def render_training_report(
         "training": training,
         "tone": tone,
         "badge": badge,
-        "sentence": as_sentence(said),
+        "sentence": _MINUS.sub("−", as_sentence(said)),
         "consequence": consequence,
         "verified": verified,
         "verdict": word,
@@ -124,13 +126,14 @@ def render_training_report(
         "optimizer": str(config.get("optimizer", "")),
         "data": _data(training),
         "kinds": _kinds(training),
-        "gradients": gradients,
+        "gradients": gradients is not None,
+        "answers": [] if gradients is None else [as_sentence(answer.sentence) for answer in gradients.answers],
         "gradient_tables": _gradient_tables(gradients),
         "updates": None if updates is None else as_sentence(str(updates)),
         "update_table": _update_table(updates),
         "sharpness": None if sharpness is None else as_sentence(sharpness.sentence),
         "target": "" if sharpness is None else percent(sharpness.config.target),
-        "sharpness_table": _sharpness_table(sharpness),
+        "sharpness_tables": _sharpness_tables(sharpness),
         "loss": f"{LOSS:g}",
         "open": OPEN,
         "run": _run(training),
@@ -283,8 +286,10 @@ def _changed(training: Training, alone: Training | None) -> dict[str, Any]:
         if alone is not None:
             first, third = (side.get(name, (None,))[0] for side in (start, end))
             cells.append(("not measured", "") if third is None else _seen(third, scale, unit))
-            both = first is not None and third is not None
-            cells += _plain(_signed(scale * (third.value - first.value)) + points if both else "not measured")
+            if first is None or third is None:
+                cells += _plain("not measured")
+            else:
+                cells += _plain(_signed(scale * (third.value - first.value)) + points)
         rows.append({"name": name, "cells": cells, "mark": _apart(one, two) != 0})
     columns = ["measure", "before", "after", "change"]
     return _table(columns if alone is None else [*columns, WITHOUT, "its change"], rows, "intervals apart")
@@ -353,7 +358,7 @@ def _gradient_tables(found: Gradients | None) -> dict[str, dict[str, Any]]:
         other = full.get((row.group, row.kind))
         if row.context != "frozen" or other is None:
             continue
-        cells = [_share(row.share), _share(other.share), (percent(known(row.parameters)), "")]
+        cells = [_seen(row.share, 100, "%"), _seen(other.share, 100, "%"), (_exactly(row.parameters), "")]
         rows.append({"name": f"{row.group}, {row.kind}", "cells": [*cells, _seen(row.cosine), _seen(row.ratio)]})
     columns = ["kind of weight", "share, frozen", "share, full", "of the parameters", "cosine", "norm, frozen / full"]
     sides = {(row.group, row.kind, row.layer, row.context): row for row in found.ranks}
@@ -372,9 +377,9 @@ def _gradient_tables(found: Gradients | None) -> dict[str, dict[str, Any]]:
     }
 
 
-def _share(found: Estimate) -> Cell:
-    ends = finite([found.lower, found.upper])
-    return percent(known(found.value)), f"{percent(ends[0])} to {percent(ends[1])}" if len(ends) == 2 else ""
+def _exactly(share: float | None) -> str:
+    """A share in percent with three digits, however small."""
+    return number(100 * known(share)) + ("%" if finite([share]) else "")
 
 
 def _update_table(found: Updates | None) -> dict[str, Any]:
@@ -384,7 +389,7 @@ def _update_table(found: Updates | None) -> dict[str, Any]:
         of = f"of {number(one.full_rank)}" if one.full_rank is not None else ""
         rank = number(one.effective_rank) if one.effective_rank is not None else "–"
         stable = number(one.stable_rank) if one.stable_rank is not None else "–"
-        cells = [*_plain(f"{one.elements:,}", *(percent(known(value)) for value in shares)), (rank, of), (stable, "")]
+        cells = [*_plain(f"{one.elements:,}", *map(_exactly, shares)), (rank, of), (stable, "")]
         return {"name": name, "cells": cells}
 
     columns = ["kind of weight", "elements", "moved by", "seen in bfloat16", "moves in bfloat16", "hold 90%",
@@ -392,25 +397,37 @@ def _update_table(found: Updates | None) -> dict[str, Any]:
     return _table(columns, [] if found is None else [row(one) for one in (found.overall, *found.rows)])
 
 
-def _sharpness_table(found: Sharpness | None) -> dict[str, Any]:
-    epochs = list(PUBLISHED["adamw"])
-    columns = ["optimizer", "along the update", "times AdamW", "along the gradient", "random direction", "loss",
-               "steps", "reached", *(f"published, epoch {epoch}" for epoch in epochs)]  # fmt: skip
+def _sharpness_tables(found: Sharpness | None) -> dict[str, dict[str, Any]]:
     if found is None:
-        return _table(columns, [])
-    ratios, rows = {part.optimizer: part.ratio for part in found.comparisons}, []
+        return {}
+    epochs, ratios = list(PUBLISHED["adamw"]), {part.optimizer: part.ratio for part in found.comparisons}
+    beside, rest = [], []
     for name in found.config.optimizers:
-        own = [row for row in found.rows if row.optimizer == name]
+        own, table = [row for row in found.rows if row.optimizer == name], PUBLISHED.get(name, {})
+        cells = [_or_not(found.estimate(name)), ("1", "") if name == "adamw" else _or_not(ratios.get(name))]
+        cells += _plain(*(f"{table[epoch]:.6f}" if epoch in table else "not published" for epoch in epochs))
+        beside.append({"name": NAMES.get(name, name), "cells": cells})
         some = [row for row in own if row.reached] or own
-        cells = [_or_not(found.estimate(name)), _or_not(ratios.get(name)) if name != "adamw" else ("1", "")]
-        cells += [_or_not(found.estimate(name, "gradient")), _or_not(found.estimate(name, "random"))]
-        loss = sum(row.loss / row.initial for row in some) / max(len(some), 1)
-        steps = sum(row.steps for row in some) / max(len(some), 1)
-        cells += _plain(percent(known(loss)), number(steps), f"{sum(row.reached for row in own)} of {len(own)}")
-        table = PUBLISHED.get(name, {})
-        cells += _plain(*(f"{table[epoch]:.6f}" if epoch in table else "–" for epoch in epochs))
-        rows.append({"name": NAMES.get(name, name), "cells": cells})
-    return _table(columns, rows)
+        loss, steps = (sum(values) / max(len(some), 1) for values in (
+            [row.loss / row.initial for row in some], [row.steps for row in some],
+        ))  # fmt: skip
+        cells = [_or_not(found.estimate(name, "gradient")), _or_not(found.estimate(name, "random"))]
+        reached = f"{sum(row.reached for row in own)} of {len(own)}"
+        cells += _plain(percent(known(loss)), number(known(steps)), number(max([0.0, *(r.lr for r in own)])), reached)
+        rest.append({"name": NAMES.get(name, name), "cells": cells})
+    published = [f"published, epoch {epoch}" for epoch in epochs]
+    columns = [
+        "along the gradient",
+        "random direction",
+        "loss, of the initial",
+        "steps",
+        "largest lr",
+        "seeds that reached it",
+    ]
+    return {
+        "Beside the published values": _table(["optimizer", "along the update", "times AdamW", *published], beside),
+        "Where it was measured": _table(["optimizer", *columns], rest),
+    }
 
 
 def _or_not(found: Estimate | None) -> Cell:

@@ -147,7 +147,7 @@ def as_channels(rotation: Callable[[int], Tensor], monkeypatch: pytest.MonkeyPat
     for step in range(30):
         before = other.detach().clone()
         weight.grad = other.grad = gradients(step)["wide.weight"]
-        block.advance([0], block.energies())
+        block.advance([0], block.lengths())
         adamw.step()
         applied = (other - before).norm(dim=0) / other.grad.norm(dim=0)
     return block.last["scale"][0], applied.detach()

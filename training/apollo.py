@@ -111,12 +111,12 @@ class Apollo(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        energies = {id(block): block.energies() for block in self.blocks}
-        self._require_finite(energies)
+        lengths = {id(block): block.lengths() for block in self.blocks}
+        self._require_finite(lengths)
         for block in self.blocks:
             block.bind()
             for part in block.parts():
-                block.advance(part, energies[id(block)])
+                block.advance(part, lengths[id(block)])
         return loss
 
     @contextmanager
@@ -132,10 +132,10 @@ class Apollo(torch.optim.Optimizer):
         def hook(parameter: Tensor) -> None:
             block, i = places[parameter]
             with torch.no_grad():
-                energies = block.energies(only=i)
-                self._require_finite({id(block): energies})
+                lengths = block.lengths(only=i)
+                self._require_finite({id(block): lengths})
                 block.bind()
-                block.advance([i], energies)
+                block.advance([i], lengths)
             parameter.grad = None
 
         handles = [parameter.register_post_accumulate_grad_hook(hook) for parameter in places]
@@ -145,14 +145,15 @@ class Apollo(torch.optim.Optimizer):
             for handle in handles:
                 handle.remove()
 
-    def _require_finite(self, energies: dict[int, dict[int, Tensor]]) -> None:
-        found = [(block, i, e[i].sum()) for block in self.blocks for e in [energies.get(id(block), {})] for i in e]
+    def _require_finite(self, lengths: dict[int, dict[int, Tensor]]) -> None:
+        named = {id(block): block.names for block in self.blocks}
+        found = [(named[key][i], length) for key, each in lengths.items() for i, length in each.items()]
         by_device: dict[torch.device, list[Tensor]] = {}
-        for _, _, total in found:
-            by_device.setdefault(total.device, []).append(total)
-        if all(bool(torch.stack(totals).isfinite().all()) for totals in by_device.values()):  # the host waits here
+        for _, length in found:
+            by_device.setdefault(length.device, []).append(length)
+        if all(bool(torch.cat(each).isfinite().all()) for each in by_device.values()):  # the host waits here
             return
-        bad = [block.names[i] for block, i, total in found if not bool(total.isfinite())]
+        bad = [name for name, length in found if not bool(length.isfinite().all())]
         more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
         raise FloatingPointError(f"the gradient of {bad[0]}{more} is not finite; no weight was changed by this step")
 

@@ -17,7 +17,7 @@ from training.draws import key_of, normal, signs, stochastically_rounded
 Scaling = Literal["channel", "tensor"]
 GATES = ("in_proj_a", "in_proj_b", "in_proj_ba")
 """Modules whose weights get plain AdamW whatever their size: the projections of the GDN gates."""
-_WORKSPACE, _LARGE = {"cpu": 1 << 19}, 1 << 26  # numbers of R handled at once: what fits a core's cache, or 256 MB
+_WORKSPACE, _LARGE = {"cpu": 1 << 21}, 1 << 26  # numbers of R handled at once: a CPU has caches, a GPU fills 256 MB
 _SCRATCH: dict[tuple[str, torch.device], Tensor] = {}
 _FUSED = ("cpu", "cuda", "mps", "xpu")
 
@@ -80,18 +80,18 @@ class Block:
         gradient: Any = self.parameters[i].grad
         return gradient
 
-    def energies(self, only: int | None = None) -> dict[int, Tensor]:
-        """Sum of squares of each gradient: by channel [m], or whole [1]."""
+    def lengths(self, only: int | None = None) -> dict[int, Tensor]:
+        """Norm of each gradient: of its channels [m], or the whole [1]."""
         found: dict[int, Tensor] = {}
         for i in range(len(self.parameters)) if only is None else (only,):
             if self.parameters[i].grad is None:
                 continue
             gradient = self.gradient(i)
             if self.rule.kind == "adam":
-                found[i] = gradient.float().square().sum()[None]
+                found[i] = torch.linalg.vector_norm(gradient, dtype=torch.float32)[None]
                 continue
-            squares = _squares(gradient, 0 if self.rule.wide else 1)
-            found[i] = squares if self.rule.kind == "channel" else squares.sum()[None]
+            lengths = _lengths(gradient, 0 if self.rule.wide else 1)
+            found[i] = lengths if self.rule.kind == "channel" else torch.linalg.vector_norm(lengths)[None]
         return found
 
     def parts(self) -> Iterator[list[int]]:
@@ -135,7 +135,7 @@ class Block:
                     view.copy_(state[key])
                 state[key] = view
 
-    def advance(self, part: list[int], energies: dict[int, Tensor]) -> None:
+    def advance(self, part: list[int], lengths: dict[int, Tensor]) -> None:
         """Step the tensors of a part: neighbours, after equally many steps. `bind` comes first."""
         group, rule, step = self.group, self.rule, self.steps(part[0])
         period, since = divmod(step, group["refresh"])
@@ -145,16 +145,16 @@ class Block:
             first.zero_()
             second.zero_()
         projected = self._projected(part, period)
-        moved = scratch("moved", tuple(projected.shape), projected.device).zero_()
+        moved = scratch("moved", tuple(projected.shape), projected.device)
         _adam_(moved, projected, first, second, steps=since if restarted else step, group=group)
         if rule.kind == "adam":
             for i, update in zip(part, moved, strict=True):
                 self._move(i, update, -1.0)
         else:
-            energy = torch.stack([energies[i] for i in part])
+            length = torch.stack([lengths[i] for i in part])
             size, reach = (self._norms(tensor) for tensor in (projected, moved))
             scale = torch.where(size > 0, rule.alpha * reach / size, 0.0)
-            limiter = self._limited(part, (scale.square() * energy).sum(1).sqrt())
+            limiter = self._limited(part, torch.linalg.vector_norm(scale * length, dim=1))
             self.last["scale"][part[0] : part[-1] + 1] = scale
             for i, factor in zip(part, scale * limiter[:, None], strict=True):
                 self._move(i, self.gradient(i), factor if rule.wide else factor[:, None])
@@ -168,7 +168,8 @@ class Block:
         rank, device = self.rule.rank, self.parameters[0].device
         keys = [key_of(self.group["seed"], f"projection {self.names[i]}", period) for i in part]
         if self.group["entries"] == "signs":
-            drawn = signs(keys, rank, self.rule.n, rank**-0.5, device=device)
+            room = scratch("signs", (len(part), -(-rank * self.rule.n // 32), 32), device)
+            drawn = signs(keys, rank, self.rule.n, rank**-0.5, device=device, out=room)
         else:
             drawn = normal(keys, rank, self.rule.n, device=device).mul_(rank**-0.5)
         found = scratch("projected", (len(part), *self.rule.moments), device)
@@ -181,7 +182,9 @@ class Block:
         """Of each channel [tensor, m], or of each tensor [tensor, 1]."""
         if self.rule.kind == "tensor":
             return torch.linalg.vector_norm(projected, dim=(1, 2))[:, None]
-        return torch.stack([_squares(one, 0 if self.rule.wide else 1).sqrt() for one in projected])
+        if not self.rule.wide:
+            return torch.linalg.vector_norm(projected, dim=2)
+        return torch.stack([_lengths(one, 0) for one in projected])
 
     def _limited(self, part: list[int], norm: Tensor) -> Tensor:
         """The limiter's factors [tensor]. A zero update leaves the norm it remembers, or nothing would move again."""
@@ -223,34 +226,39 @@ class Block:
             yield row
 
 
-def _squares(matrix: Tensor, dim: int) -> Tensor:
-    """Sums of squares along one dimension of a matrix, float32: [other dimension]."""
+def _lengths(matrix: Tensor, dim: int) -> Tensor:
+    """Norms along one dimension of a matrix, float32: [other dimension]."""
     if dim == 1:
-        return torch.linalg.vector_norm(matrix, dim=1, dtype=torch.float32).square()
+        return torch.linalg.vector_norm(matrix, dim=1, dtype=torch.float32)
     high, wide = matrix.shape  # torch sums down columns several times slower than this
-    rows = min(high, max(1, (1 << 17) // wide))
-    total = scratch("squares", (rows, wide), matrix.device).zero_()
-    for part in matrix.split(rows):
+    first, *rest = matrix.split(min(high, max(1, (1 << 18) // wide)))
+    total = torch.mul(first, first, out=scratch("squares", tuple(first.shape), matrix.device))
+    for part in rest:
         part = part.float()
         total[: len(part)].addcmul_(part, part)
-    return total.sum(0)
+    return total.sum(0).sqrt()
 
 
 def scratch(name: str, shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """Uninitialised memory that every part of a step uses again: fresh pages cost more than what is done in them."""
+    """Memory with numbers of no meaning, used again by every part: fresh pages cost more than what is done in them."""
     size = math.prod(shape)
     held = _SCRATCH.get((name, device))
     if held is None or held.numel() < size:
-        held = _SCRATCH[name, device] = torch.empty(size, device=device)
+        held = _SCRATCH[name, device] = torch.zeros(size, device=device)
     return held[:size].view(shape)
 
 
 def _adam_(
     moved: Tensor, gradient: Tensor, first: Tensor, second: Tensor, *, steps: int, group: dict[str, Any]
 ) -> None:
-    """Adam's step of length 1 from `moved`, which holds zeros, by torch's own kernel: minus A. Moments in place."""
+    """Adam's step of length 1 by torch's own kernel: `moved` becomes minus A, the moments are changed in place.
+
+    Whatever `moved` held before is decayed to zero by the kernel (a decoupled weight decay of 1), which saves a pass; it
+    is finite, since scratch memory begins with zeros and A is finite for finite gradients.
+    """
     taken = torch.full((), float(steps), device=moved.device)
     adam(
         [moved], [gradient], [first], [second], [], [taken], fused=moved.device.type in _FUSED, amsgrad=False,
-        beta1=group["betas"][0], beta2=group["betas"][1], lr=1.0, weight_decay=0.0, eps=group["eps"], maximize=False,
+        beta1=group["betas"][0], beta2=group["betas"][1], eps=group["eps"], lr=1.0, weight_decay=1.0,
+        decoupled_weight_decay=True, maximize=False,
     )  # fmt: skip

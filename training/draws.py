@@ -56,11 +56,16 @@ def normal(
 
 
 def signs(
-    keys: list[tuple[int, int]], rows: int, columns: int, size: float, *, device: torch.device | str = "cpu"
-) -> Float[Tensor, "key rows columns"]:
-    """Independent random signs times `size` (float32): each bit is put where a float keeps its sign."""
+    keys: list[tuple[int, int]], rows: int, columns: int, size: float, *, device: torch.device | str = "cpu",
+    out: Tensor | None = None,
+) -> Float[Tensor, "key rows columns"]:  # fmt: skip
+    """Independent random signs times `size` (float32): each bit is put where a float keeps its sign.
+
+    `out` is float32 memory for them, of 32-bit words enough for each key: [key, ceil(rows columns / 32), 32].
+    """
     words = bits(keys, -(-rows * columns // 32), device=device)
-    spread = words[:, :, None] << torch.arange(32, dtype=torch.int32, device=device)
+    spread = torch.empty(*words.shape, 32, dtype=torch.int32, device=device) if out is None else out.view(torch.int32)
+    torch.bitwise_left_shift(words[:, :, None], torch.arange(32, dtype=torch.int32, device=device), out=spread)
     spread &= -(1 << 31)
     spread |= torch.tensor(size, dtype=torch.float32).view(torch.int32).item()
     return spread.view(torch.float32).view(len(keys), -1)[:, : rows * columns].view(len(keys), rows, columns)

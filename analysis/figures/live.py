@@ -100,9 +100,9 @@ def _notebook() -> Any:
 
 
 def _bundle(figure: Any) -> dict[str, Any]:
-    """What a notebook shows: as plotly is set to show figures, and in any case in plotly's own format.
+    """What a notebook shows, in plotly's own format; as text where that is not known.
 
-    A figure that is handed to `display` shows itself and takes no place that could be drawn in again.
+    A figure that is handed to `display` shows itself and takes no place that could be drawn in again. Nor is what
+    plotly would show taken: it holds plotly.js, megabytes each time.
     """
-    shown = figure._repr_mimebundle_()
-    return {PLOTLY: figure.to_plotly_json(), "text/plain": figure.layout.title.text, **shown}
+    return {PLOTLY: figure.to_plotly_json(), "text/plain": figure.layout.title.text}

@@ -101,14 +101,15 @@ def abilities(training: Training, alone: Training | None = None) -> go.Figure:
     if not names:
         return not_measured(title, "no questions with one right answer were asked")
     figure = parts.rows(title, [safe(name) for name in names], "% right answers to held-out questions")
+    figure.update_layout(height=150 + 84 * len(names))
     colors = [WRONG if training.changes.get(name, 0) < -LOSS - 1e-9 else INK for name in names]
-    sides = [("before", training.before, -0.17, 7, ""), ("after", training.after, 0.0, 13, "")]
+    sides = [("before", training.before, -0.32, 7, ""), ("after", training.after, 0.0, 13, "")]
     if alone is not None:
-        sides.append((WITHOUT, alone.after, 0.21, 10, "-open"))
+        sides.append((WITHOUT, alone.after, 0.26, 10, "-open"))
     for row, name in enumerate(names):
         pair = [numbers(found.abilities[name], 100)["value"] for found in (training.before, training.after)]
         figure.add_scatter(
-            x=pair, y=[row - 0.17, row], mode="lines", line=dict(color=colors[row], width=1.5), hoverinfo="skip",
+            x=pair, y=[row - 0.32, row], mode="lines", line=dict(color=colors[row], width=1.5), hoverinfo="skip",
             name=f"{name} line",
         )  # fmt: skip
     for side, found, aside, size, form in sides:
@@ -120,8 +121,8 @@ def abilities(training: Training, alone: Training | None = None) -> go.Figure:
                 x=[seen["value"]], y=[row + aside], mode="markers+text", error_x={**parts.bars([seen], color)},
                 marker=dict(size=size, color=color, symbol=f"{'diamond' if form else 'circle'}{form}"),
                 text=[f"<b>{'+' if training.changes[name] > 0 else ''}{said}</b>" if said else ""],
-                textposition="bottom center" if alone is None else "top center", name=f"{name} {side}",
-                hovertext=[_words(f"{name}, {side}", seen, "%")],
+                textposition="top center", name=f"{name} {side}",
+                hovertext=[_words(f"{safe(name)}, {side}", seen, "%")],
             )  # fmt: skip
     reach = [end for _, found, *_ in sides for part in found.abilities.values() for end in ends(numbers(part, 100))]
     low = min([*reach, 100.0])
@@ -188,7 +189,7 @@ def limiter_and_ratio(training: Training) -> go.Figure:
         named = (training.recipe.get("config") or {}).get("optimizer", "the optimizer")
         return not_measured(title, f"{safe(named)} reports no limiter<br>(APOLLO does, for tensors that it projects)")
     headings = ["limiter, mean over tensors (1: nothing was limited)", "update / weight, median over tensors"]
-    figure = _panels(title, headings)
+    figure = _panels(title, headings, listed=False)
     for panel, (key, name) in enumerate((("limiter", "limiter"), ("update_ratio", "ratio")), 1):
         found = {row["step"]: known(row[key]) for row in rows}
         figure.add_scatter(
@@ -197,7 +198,6 @@ def limiter_and_ratio(training: Training) -> go.Figure:
             hovertext=[f"step {step}<br>{name} {number(value)}" for step, value in found.items()],
         )  # fmt: skip
     parts.line(figure, "y", 1.0, color=MUTED)
-    figure.update_layout(showlegend=False)
     figure.update_yaxes(rangemode="tozero")
     return figure.update_yaxes(exponentformat="power", row=2, col=1)
 
@@ -211,7 +211,7 @@ def gradient_shares(gradients: Gradients) -> go.Figure:
     title, names = "Where the gradient goes", list(sides[0])
     if not names:
         return not_measured(title, "there are no rows")
-    figure = _weights(title, names, columns=1)
+    figure = _weights(title, names, listed=True)
     for name, rows, form, aside in (("frozen", sides[0], "", -0.17), ("full", sides[1], "-open", 0.17)):
         seen = [_on_log(numbers(rows[key].share), LEAST) for key in names]
         _marks(figure, names, seen, name, form=form, aside=aside, words=[_gradient_words(rows[key]) for key in names])
@@ -233,13 +233,13 @@ def gradient_cosines(gradients: Gradients) -> go.Figure:
     title, names = "How alike both gradients are", list(rows)
     if not names:
         return not_measured(title, "there are no rows")
-    figure = _weights(title, names, columns=1)
+    figure = _weights(title, names)
     seen = [(numbers(rows[key].cosine), False) for key in names]
     _marks(figure, names, seen, "cosine", words=[_gradient_words(rows[key]) for key in names])
     reach = [min([0.0, *(end for one, _ in seen for end in ends(one))]) - 0.04, 1.04]
     figure.update_xaxes(title="cosine of the frozen and the full gradient (1: the same way)", range=reach)
-    return parts.unmeasured(figure, [safe(key[0]) for key, (one, _) in zip(names, seen, strict=True)
-                                     if not finite([one["value"]])]).update_layout(showlegend=False)  # fmt: skip
+    missing = [safe(key[0]) for key, (one, _) in zip(names, seen, strict=True) if not finite([one["value"]])]
+    return parts.unmeasured(figure, missing)
 
 
 def update_sizes(updates: Updates) -> go.Figure:
@@ -259,14 +259,14 @@ def update_sizes(updates: Updates) -> go.Figure:
         ("concentrated", lambda row: row.concentrated),
     ]
     for panel, (name, value) in enumerate(measures, 1):
-        plain = [dict.fromkeys(("value", "lower", "upper"), known(value(rows[key]))) for key in names]
+        plain = [_exact(value(rows[key])) for key in names]
         seen = [_on_log(one, LEAST) for one in plain] if panel == 1 else [(one, False) for one in plain]
         _marks(figure, names, seen, name, words=[_update_words(rows[key]) for key in names], panel=panel)
     most = max([LEAST * 10, *finite(row.relative for row in rows.values())])
     _log_shares(figure, "size against the weight", 1, most=most)
     for panel, words in ((2, "effective rank / full rank"), (3, "share of elements that holds 90%")):
         figure.update_xaxes(title=words, range=[-0.03, 1.03], tickformat=".0%", row=1, col=panel)
-    return figure.update_layout(showlegend=False)
+    return figure
 
 
 # -- directional sharpness ---------------------------------------------------------------------------------------------
@@ -278,21 +278,25 @@ def sharpness_beside(sharpness: Sharpness) -> go.Figure:
     found = {name: sharpness.values(name) for name in names}
     above = [value for values in found.values() for value in finite(values.values()) if value > 0]
     figure = make_subplots(rows=2, cols=1, vertical_spacing=0.2)
-    top, bottom = TITLE + 34, 64
-    height = 2 * 44 * len(names) + 100
-    figure.update_layout(template=TEMPLATE, title=title, height=height + top + bottom, showlegend=False)
-    figure.update_layout(margin=dict(t=top, b=bottom))
+    top, bottom = TITLE + 34, 100
+    height = 2 * 46 * len(names) + 100
+    figure.update_layout(template=TEMPLATE, title=title, height=height + top + bottom, showlegend=True)
+    figure.update_layout(margin=dict(t=top, b=bottom), legend_y=-58 / height)
     floor = 10.0 ** math.floor(math.log10(min(above))) if above else 1e-3
+    means = {name: sharpness.estimate(name) for name in names}
+    lower = [mean.lower for mean in means.values() if mean is not None and 0.1 * floor <= mean.lower < floor]
+    floor = 0.1 * floor if lower else floor
     most = max([10 * floor, *above])
     for row, name in enumerate(names):
-        color, mean = _LOOKS.get(name, INK), sharpness.estimate(name)
+        color, mean = _LOOKS.get(name, INK), means[name]
         if mean is None:
             parts.absent(figure, row, "the loss did not fall to the target")
-            figure.add_scatter(x=[], y=[], name=f"{name} mean", row=1, col=1)
+            figure.add_scatter(x=[], y=[], name=f"{name} mean", showlegend=False, row=1, col=1)
             continue
-        single = [_on_log(dict.fromkeys(("value", "lower", "upper"), known(v)), floor) for v in found[name].values()]
+        single = [_on_log(_exact(value), floor) for value in found[name].values()]
         figure.add_scatter(
             x=[one["value"] for one, _ in single], y=[row + 0.2] * len(single), mode="markers", name=f"{name} seeds",
+            showlegend=False,
             marker=dict(size=7, color=color, symbol=["triangle-left" if off else "circle-open" for _, off in single]),
             hovertext=[f"<b>{NAMES[name]}</b>, seed {seed}<br>{number(v)}" for seed, v in found[name].items()],
             row=1, col=1,
@@ -300,25 +304,29 @@ def sharpness_beside(sharpness: Sharpness) -> go.Figure:
         seen, off = _on_log(numbers(mean), floor)
         most = max([most, *finite([seen["upper"]])])
         figure.add_scatter(
-            x=[seen["value"]], y=[row - 0.08], mode="markers+text", name=f"{name} mean",
+            x=[seen["value"]], y=[row - 0.08], mode="markers+text", name=f"{name} mean", showlegend=False,
             error_x=parts.bars([seen], color),
             marker=dict(size=12, color=color, symbol="triangle-left" if off else "circle"),
             text=[f"<b>{number(mean.value)}</b>"], textposition="top center", row=1, col=1,
             hovertext=[lines(f"<b>{NAMES[name]}</b>, mean over {mean.n} seeds", estimate(numbers(mean)))],
         )  # fmt: skip
+    epochs = list(dict.fromkeys(epoch for table in PUBLISHED.values() for epoch in table))
     for row, name in enumerate(names):
         table = PUBLISHED.get(name, {})
+        places = [epochs.index(epoch) for epoch in table]
         figure.add_scatter(
-            x=list(table.values()), y=[row] * len(table), mode="markers+text", name=f"{name} published",
-            marker=dict(size=9, color=_LOOKS.get(name, INK), symbol="square"), text=[str(epoch) for epoch in table],
-            textposition="top center", row=2, col=1,
+            x=list(table.values()), y=[row + 0.14 * (i - (len(epochs) - 1) / 2) for i in places], mode="markers",
+            marker=dict(size=9, color=_LOOKS.get(name, INK), symbol=[_SYMBOLS[i % len(_SYMBOLS)] for i in places]),
+            name=f"{name} published", showlegend=False, row=2, col=1,
             hovertext=[f"<b>{NAMES[name]}</b>, epoch {epoch}<br>{number(value)}" for epoch, value in table.items()],
         )  # fmt: skip
+    for i, epoch in enumerate(epochs):
+        parts.legend(figure, f"published, epoch {epoch}", MUTED, _SYMBOLS[i % len(_SYMBOLS)])
     ticks: dict[str, Any] = dict(tickvals=list(range(len(names))), ticktext=[NAMES[name] for name in names])
     around = [len(names) - 0.5, -0.7]
-    figure.update_yaxes(**ticks, range=around, showgrid=False, zeroline=False, ticks="")
+    figure.update_yaxes(**ticks, range=around, showgrid=False, zeroline=False, ticks="", ticklabelstandoff=8)
     figure.update_xaxes(type="log", dtick=1, exponentformat="power", zeroline=False)
-    figure.update_xaxes(range=[math.log10(floor) - 0.15, math.log10(most) + 0.3], row=1, col=1)
+    figure.update_xaxes(range=[math.log10(floor), math.log10(most) + 0.3], row=1, col=1)
     figure.update_xaxes(title="vᵀHv along the update", row=2, col=1)
     at = f"{sharpness.config.target:.0%}"
     parts.heading(figure, f"<b>here</b>, once the loss fell to {at} (small: seeds, large: mean with 95% interval)")
@@ -338,18 +346,19 @@ def _propensity(found: Evaluation) -> Estimate:
     return found.propensity
 
 
-def _panels(title: str, headings: Sequence[str], *, each: int = 200) -> go.Figure:
-    """Panels below each other with the steps as their common axis, and a legend at the foot."""
-    gap, top, bottom, count = 76, TITLE + 40, 108, len(headings)
+def _panels(title: str, headings: Sequence[str], *, each: int = 200, listed: bool = True) -> go.Figure:
+    """Panels below each other with the steps as their common axis, and a legend at the foot where one is asked for."""
+    gap, top, bottom, count = 76, TITLE + 40, 108 if listed else 56, len(headings)
     inside = each * count + gap * (count - 1)
     if count == 1:
         inside = each = 2 * each
     figure = make_subplots(rows=count, cols=1, vertical_spacing=gap / inside if count > 1 else 0)
-    figure.update_layout(template=TEMPLATE, title=title, height=inside + top + bottom, showlegend=True)
+    figure.update_layout(template=TEMPLATE, title=title, height=inside + top + bottom, showlegend=listed)
     figure.update_layout(margin=dict(t=top, b=bottom), legend_y=-58 / inside)
     for panel, words in enumerate(headings, 1):
         parts.heading(figure, words, panel=panel)
-    return figure.update_xaxes(title="step", zeroline=False, row=count, col=1)
+    figure.update_xaxes(zeroline=False)
+    return figure.update_xaxes(title="step", row=count, col=1)
 
 
 def _curve(
@@ -381,16 +390,16 @@ def _key(row: GradientRow) -> Key:
     return row.group, row.kind, row.whole
 
 
-def _weights(title: str, names: Sequence[Key], *, columns: int) -> go.Figure:
+def _weights(title: str, names: Sequence[Key], *, columns: int = 1, listed: bool = False) -> go.Figure:
     """One row for each kind of weight; parts stand below their whole."""
     figure = make_subplots(rows=1, cols=columns, shared_yaxes=True, horizontal_spacing=0.05)
-    top, bottom = TITLE + 8, 104
-    figure.update_layout(template=TEMPLATE, title=title, height=top + bottom + 23 * len(names))
+    top, bottom = TITLE + 8, 122 if listed else 56
+    figure.update_layout(template=TEMPLATE, title=title, height=top + bottom + 23 * len(names), showlegend=listed)
     figure.update_layout(margin=dict(t=top, b=bottom, l=130), legend=dict(y=-64 / (23 * len(names))))
     marks = {kind: f" <span style='color:{KINDS[kind][1]}'>{glyph}</span>" for kind, glyph in GLYPHS.items()}
-    texts = [("" if whole else "· ") + safe(group) + marks.get(kind, " ○") for group, kind, whole in names]
-    figure.update_yaxes(zeroline=False, range=[len(names) - 0.5, -0.5], ticks="")
-    return figure.update_yaxes(tickvals=list(range(len(names))), ticktext=texts, row=1, col=1)
+    texts = [("" if whole else "· ") + safe(group) + marks.get(kind, " ■") for group, kind, whole in names]
+    ticks: dict[str, Any] = dict(tickvals=list(range(len(names))), ticktext=texts)
+    return figure.update_yaxes(**ticks, zeroline=False, range=[len(names) - 0.5, -0.5], ticks="")
 
 
 def _marks(
@@ -408,6 +417,11 @@ def _marks(
             marker=dict(size=8, color=color, symbol=[("triangle-left" if seen[i][1] else symbol) + form for i in own]),
             hovertext=[words[i] for i in own],
         )  # fmt: skip
+
+
+def _exact(value: float | None) -> Numbers:
+    """A number without an interval, as an estimate."""
+    return {"value": known(value), "lower": known(value), "upper": known(value)}
 
 
 def _on_log(seen: Mapping[str, Any], floor: float) -> tuple[dict[str, Any], bool]:
