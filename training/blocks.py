@@ -145,15 +145,14 @@ class Block:
             first.zero_()
             second.zero_()
         projected = self._projected(part, period)
-        moved = scratch("moved", tuple(projected.shape), projected.device)
-        _adam_(moved, projected, first, second, steps=since if restarted else step, group=group)
-        if rule.kind == "adam":
-            for i, update in zip(part, moved, strict=True):
+        size = None if rule.kind == "adam" else self._norms(projected)
+        _adam_(projected, first, second, steps=since if restarted else step, group=group)
+        if size is None:
+            for i, update in zip(part, projected, strict=True):
                 self._move(i, update, -1.0)
         else:
             length = torch.stack([lengths[i] for i in part])
-            size, reach = (self._norms(tensor) for tensor in (projected, moved))
-            scale = torch.where(size > 0, rule.alpha * reach / size, 0.0)
+            scale = torch.where(size > 0, rule.alpha * self._norms(projected) / size, 0.0)
             limiter = self._limited(part, torch.linalg.vector_norm(scale * length, dim=1))
             self.last["scale"][part[0] : part[-1] + 1] = scale
             for i, factor in zip(part, scale * limiter[:, None], strict=True):
@@ -248,17 +247,20 @@ def scratch(name: str, shape: tuple[int, ...], device: torch.device) -> Tensor:
     return held[:size].view(shape)
 
 
-def _adam_(
-    moved: Tensor, gradient: Tensor, first: Tensor, second: Tensor, *, steps: int, group: dict[str, Any]
-) -> None:
-    """Adam's step of length 1 by torch's own kernel: `moved` becomes minus A, the moments are changed in place.
+def _adam_(gradient: Tensor, first: Tensor, second: Tensor, *, steps: int, group: dict[str, Any]) -> None:
+    """Adam's step of length 1 by torch's own kernel: `gradient` becomes minus A, the moments are changed in place.
 
-    Whatever `moved` held before is decayed to zero by the kernel (a decoupled weight decay of 1), which saves a pass; it
-    is finite, since scratch memory begins with zeros and A is finite for finite gradients.
+    The gradient is also handed over as the weight, which a decoupled weight decay of 1 takes to zero: the fused kernels
+    read an element of both before they write it. That saves a buffer and its trips through memory. Where there is no
+    fused kernel, the weight is a tensor of its own.
     """
-    taken = torch.full((), float(steps), device=moved.device)
+    fused = gradient.device.type in _FUSED
+    weight = gradient if fused else torch.zeros_like(gradient)
+    taken = torch.full((), float(steps), device=gradient.device)
     adam(
-        [moved], [gradient], [first], [second], [], [taken], fused=moved.device.type in _FUSED, amsgrad=False,
-        beta1=group["betas"][0], beta2=group["betas"][1], eps=group["eps"], lr=1.0, weight_decay=1.0,
-        decoupled_weight_decay=True, maximize=False,
+        [weight], [gradient], [first], [second], [], [taken], fused=fused, beta1=group["betas"][0],
+        beta2=group["betas"][1], eps=group["eps"], lr=1.0, weight_decay=1.0, decoupled_weight_decay=True,
+        amsgrad=False, maximize=False,
     )  # fmt: skip
+    if not fused:
+        gradient.copy_(weight)
