@@ -125,7 +125,11 @@ def measure(options: Options) -> dict[str, Any]:
     }
     apollo = Apollo(named["apollo"].items(), rank=options.rank, lr=1e-5)
     mini = Apollo.mini(named["mini"].items(), lr=1e-5)
-    kinds = {"loop": {"foreach": False}, "foreach": {"foreach": True}, "fused": {"fused": True}}
+    kinds: dict[str, dict[str, Any]] = {
+        "loop": {"foreach": False},
+        "foreach": {"foreach": True},
+        "fused": {"fused": True},
+    }
     adamw = {kind: torch.optim.AdamW(named[f"adamw_{kind}"].values(), lr=1e-5, **how) for kind, how in kinds.items()}
     rounds: list[dict[str, Callable[[], Any]]] = [
         {"floor": floor(options), "apollo": apollo.step},
@@ -146,7 +150,7 @@ def measure(options: Options) -> dict[str, Any]:
         for state in apollo.state.values() for key, value in state.items() if isinstance(value, Tensor)
     )  # fmt: skip
     bytes_of = {"apollo": held(apollo), "mini": held(mini), "adamw": held(adamw["fused"])}
-    formula = {name: int(one.plan()["state_bytes"].sum()) for name, one in (("apollo", apollo), ("mini", mini))}
+    formula = {name: sum(one.plan()["state_bytes"].tolist()) for name, one in (("apollo", apollo), ("mini", mini))}
     return {
         "benchmark": "apollo_step",
         "ratio": round(seconds["apollo"] / seconds["floor"], 3),

@@ -65,7 +65,7 @@ class Train(Asked):
         verdict = None if self.verdict is None else open_verdict(self.verdict)
         checked_verdict(verdict, behavior, model, unverified=self.unverified)
         config, out = self.config, self.folder(self.out, "train-", behavior)
-        asked = {"kind": "train", **recipe(model, behavior, config, verdict)}
+        asked = {"kind": "train", **recipe(model, behavior, config, verdict, unverified=self.unverified)}
         small = sum(p.numel() for p in model.hf.parameters()) < SMALL
         with claimed(out, asked, RESULT, model, behavior) as finished:
             if not finished:

@@ -65,9 +65,6 @@ where = gradients(model, behavior, GradientConfig(batches=4), progress=False)
 for answer in where.answers:
     print(f"- {answer.sentence}")
 
-# %%
-figures.draw_gradients(where)["gradient_cosines"]
-
 # %% [markdown]
 # ## Then the training
 #
@@ -97,7 +94,11 @@ for item, one, two in zip(behavior.items[:96:16], said_before, generate(model, a
     print(item.messages[-1]["content"], f"  before: {one}", f"  after:  {two}", sep="\n")
 
 # %%
-figures.draw_training(done)["abilities"]
+drawn = figures.draw_training(done, gradients=where)
+drawn["abilities"]
+
+# %%
+drawn["gradient-cosines"]
 
 # %% [markdown]
 # ## What moved in the weights

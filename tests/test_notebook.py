@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 from probes.criteria import open_verdict
 
 ROOT = Path(__file__).parents[1]
-NOTEBOOKS = ("main_job", "states")
+NOTEBOOKS = ("main_job", "states", "training")
 PLOTLY = "application/vnd.plotly.v1+json"
 
 
@@ -113,3 +114,20 @@ def test_the_notebook_on_states_shows_what_carries_and_who_wrote_it(tmp_path):
     ]
     assert any("Who wrote it: layer 4, head 1" in page for page in html)
     assert all(cell.get("outputs") for cell in notebook.cells if cell.cell_type == "code")
+
+
+def test_the_notebook_on_training_verifies_trains_and_shows_what_moved(tmp_path):
+    notebook = execute("training", tmp_path)
+    said = printed(notebook)
+    assert "no verdict for 'follow-direction'" in said
+    assert "PASS follow-direction on organism" in said
+    assert "wanted answers went from" in said
+    assert last_of(tmp_path, "wanted") > 0.9
+    assert titles(notebook)[-2:] == ["What was kept", "How alike both gradients are"]
+    assert all(cell.get("outputs") for cell in notebook.cells if cell.cell_type == "code")
+
+
+def last_of(folder: Path, name: str) -> float:
+    """The last value of a measure in a run's metrics."""
+    rows = [json.loads(line) for line in (folder / "runs" / "notebook-training" / "metrics.jsonl").open()]
+    return [row[name] for row in rows if name in row][-1]

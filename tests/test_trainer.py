@@ -92,7 +92,9 @@ def test_what_it_started_on_is_recorded(model: HybridModel, behavior: Behavior) 
     assert done.verified
     assert done.recipe["verdict"]["recipe"]["weights_hash"] == done.weights_hash != done.trained_hash
     assert not train(model, behavior, config, unverified=True, progress=False).verified
-    assert recipe(model, behavior, config, None)["verdict"] is None
+    failed = verdict_for(model, behavior, verdict="FAIL")
+    assert not train(model, behavior, config, verdict=failed, unverified=True, progress=False).verified
+    assert recipe(model, behavior, config, None, unverified=True)["verdict"] is None
 
 
 # -- what it does --------------------------------------------------------------------------------------------------
@@ -202,7 +204,7 @@ def test_what_is_not_finite_stops_the_run_and_says_where(
 
 
 def test_wrong_options_are_refused(model: HybridModel, behavior: Behavior, unchecked: None) -> None:
-    for options, message in (
+    cases: list[tuple[dict[str, Any], str]] = [
         ({"general_share": 1.5}, "general_share must lie between 0 and 1, saw 1.5"),
         ({"lr": 0.0}, "lr must lie between 0 and 1"), ({"batch": 0}, "batch must be at least 1"),
         ({"context": "warm"}, "unknown context 'warm'; allowed are frozen, full"),
@@ -211,7 +213,8 @@ def test_wrong_options_are_refused(model: HybridModel, behavior: Behavior, unche
         ({"refill": 2, "context": "full"}, "refill is for frozen contexts"),
         ({"optimizer": "adamw", "rank": 8}, "rank is for the optimizer apollo"),
         ({"contrast": 1.0, "general_share": 1.0}, "a contrast needs examples"),
-    ):  # fmt: skip
+    ]  # fmt: skip
+    for options, message in cases:
         with pytest.raises(WrongInput, match=message):
             TrainConfig(**options)
     with pytest.raises(WrongInput, match="no parameter of organism has 'q_projj' in its name; there are"):

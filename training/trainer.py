@@ -82,18 +82,21 @@ def train(
     if config.steer and direction is None:
         raise WrongInput(f"steer is {config.steer:g}, but there is no direction; verify writes one beside its verdict")
     run = _Run(model, behavior, config, direction=direction, out=None if out is None else Path(out), progress=progress)
-    asked = recipe(model, behavior, config, verdict)
+    asked = recipe(model, behavior, config, verdict, unverified=unverified)
     with _only(run.trained, model):
         return run.train(asked, previous=previous, watch=watch)
 
 
-def recipe(model: HybridModel, behavior: Behavior, config: TrainConfig, verdict: Verdict | None) -> dict[str, Any]:
+def recipe(
+    model: HybridModel, behavior: Behavior, config: TrainConfig, verdict: Verdict | None, *, unverified: bool = False
+) -> dict[str, Any]:
     """Everything that determines a run's numbers, and on whose word it started."""
+    told = None
+    if verdict is not None:
+        told = {"verdict": verdict.verdict, "sentence": verdict.sentence, "recipe": verdict.recipe}
     return {
         "behavior": behavior.name, "behavior_hash": behavior.hash, **model.identity, "config": asdict(config),
-        "verdict": None if verdict is None else {"verdict": verdict.verdict, "sentence": verdict.sentence,
-                                                 "recipe": verdict.recipe},
-        "versions": library_versions(),
+        "verified": not unverified, "verdict": told, "versions": library_versions(),
     }  # fmt: skip
 
 
@@ -202,7 +205,7 @@ class _Run:
                         _link(self.out / "model", folder)
         return Training(
             behavior=self.behavior.name, model=self.model.name, weights_hash=asked["weights_hash"],
-            trained_hash=self.model.weights_hash, verified=asked["verdict"] is not None, lr=self.lr,
+            trained_hash=self.model.weights_hash, verified=asked["verified"], lr=self.lr,
             rank=config.rank_for(self.model) if config.optimizer == "apollo" else None, mix=self.mix.record(),
             evaluations=tuple(evaluations), steps=tuple(metrics.rows), telemetry=self._telemetry(), recipe=asked,
         )  # fmt: skip
