@@ -21,7 +21,8 @@ _LONGEST = 60  # of what names the options in a folder's name
 def claimed(out: Path, asked: dict, result: str, *subjects: object) -> Iterator[bool]:
     """A run folder for a recipe; True where it holds the result already. Says what is asked about.
 
-    Wrong input or a fault inside the block leaves nothing behind; an interrupted run keeps its place.
+    Wrong input or a fault inside the block leaves nothing behind, unless there is something to go on from, such as
+    checkpoints; an interrupted run keeps its place.
     """
     there = {folder for folder in (out, *out.parents) if folder.exists()}
     finished = _claim(out, asked, result) and (out / result).is_file()
@@ -31,7 +32,7 @@ def claimed(out: Path, asked: dict, result: str, *subjects: object) -> Iterator[
     try:
         yield finished
     except Exception:
-        if not finished:
+        if not finished and all(path.name == RECIPE for path in out.iterdir()):
             (out / RECIPE).unlink(missing_ok=True)
             for folder in (out, *out.parents):
                 if folder in there or any(folder.iterdir()):

@@ -156,7 +156,7 @@ def files(tmp_path) -> Path:
         (["capture", "sentiment", "--positions", "first", "--out", "{}/c"], "first"),
         (["capture", "sentiment", "--persona", "kind", "--out", "{}/c"], "unknown persona 'kind'; allowed are"),
         (["behaviors", "kindness"], "unknown behaviour 'kindness'"),
-        (["report", "{}"], "must be a run folder with one of verdict.json, localization.json, shift.json, saw none"),
+        (["report", "{}"], "must be a run folder with one of verdict.json, localization.json, shift.json, training.json, saw none"),
         (["report", "{}/two"], "saw verdict.json and shift.json; name the file"),
         (["report", "{}/two/shift.json"], "shift.json is not a shift"),
         (["report", "{}/plain.txt"], "not JSON"),
@@ -177,8 +177,8 @@ def files(tmp_path) -> Path:
             ["verify", "sentiment", "--dose", "1"],
             "Unrecognized options: --dose, 1; perhaps you meant --dose-response, --doses",
         ),
-        (["judge"], "Unrecognized options: judge; Available subcommands: verify, localize"),
-        ([], "Expected one of {verify, localize"),
+        (["judge"], "Unrecognized options: judge; Available subcommands: verify, train, localize"),
+        ([], "Expected one of {verify, train, localize"),
     ],
 )
 def test_wrong_input_is_one_clear_line_and_exit_code_2(files, capsys, monkeypatch, arguments, message):
