@@ -244,8 +244,8 @@ def _run(training: Training) -> dict[str, str]:
     found = {"behaviour": training.behavior, "data": str(recipe.get("behavior_hash", "unknown"))}
     found |= {"model": training.model, "weights before": training.weights_hash, "weights after": training.trained_hash}
     found |= {name: str(recipe[name]) for name in ("dtype", "device") if name in recipe}
-    seconds = training.steps[-1].get("seconds") if training.steps else None
-    return found | {"evaluations": str(len(training.evaluations)), "seconds": number(known(seconds))}
+    seconds = sum(known(row.get("seconds")) for row in training.steps)
+    return found | {"evaluations": str(len(training.evaluations)), "seconds in steps": number(seconds)}
 
 
 # -- tables ------------------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from dispositions.training import Train
 from probes.errors import WrongInput
 
 LAYERS = tuple[int, ...] | None
+NUMBERS = {int | None: ("INT", int), float | None: ("FLOAT", float)}
 COMMANDS = {
     "verify": Verify, "train": Train, "localize": Localize, "compare": Compare, "probe": Probe, "capture": Capture,
     "behaviors": Behaviors, "report": Report,
@@ -29,7 +30,7 @@ COMMANDS = {
 
 
 def _registry() -> tyro.constructors.ConstructorRegistry:
-    """Layers and heads are written `auto` or `3,5` on the command line."""
+    """Layers and heads are written `auto` or `3,5` on the command line; numbers that may be None `auto` or `3`."""
     registry = tyro.constructors.ConstructorRegistry()
 
     @registry.primitive_rule
@@ -44,7 +45,29 @@ def _registry() -> tyro.constructors.ConstructorRegistry:
             str_from_instance=lambda value: ["auto" if value is None else ",".join(map(str, value))],
         )
 
+    @registry.primitive_rule
+    def numbers(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec | None:
+        if info.type not in NUMBERS:
+            return None
+        name, kind = NUMBERS[info.type]
+        return tyro.constructors.PrimitiveConstructorSpec(
+            nargs=1,
+            metavar=f"auto|{name}",
+            instance_from_str=lambda words: _number(words[0], kind),
+            is_instance=lambda value: value is None or isinstance(value, (int, float)),
+            str_from_instance=lambda value: ["auto" if value is None else str(value)],
+        )
+
     return registry
+
+
+def _number(text: str, kind: Any) -> Any:
+    if text == "auto":
+        return None
+    try:
+        return kind(text)
+    except ValueError:
+        raise WrongInput(f"'{text}' is no {'whole ' if kind is int else ''}number; auto is allowed too") from None
 
 
 def _layers(text: str) -> tuple[int, ...] | None:

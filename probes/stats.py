@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from numbers import Real
 from typing import Any
 
@@ -123,6 +123,17 @@ def mean(values: Sequence[float], groups: Sequence[str], *, seed: int = 0, draws
     sums, sizes = np.bincount(index, data), np.bincount(index).astype(np.float64)
     lower, upper = interval((weights @ sums) / (weights @ sizes), groups=sizes.size)
     return Estimate(value=float(data.mean()), lower=lower, upper=upper, n=data.size, groups=sizes.size, seed=seed)
+
+
+def share(hits: Sequence[bool], groups: Sequence[str], *, seed: int = 0, draws: int = DRAWS) -> Estimate:
+    """Share of hits. The interval is the wider of the one over groups and Wilson's for as many independent trials.
+
+    The second because a bootstrap of nothing but hits has no width, and 24 of 24 do not show that all would be.
+    """
+    found = mean([float(hit) for hit in hits], groups, seed=seed, draws=draws)
+    exact: Any = scipy_stats.binomtest(sum(map(bool, hits)), len(hits)).proportion_ci(method="wilson")
+    lower, upper = min(found.lower, float(exact.low)), max(found.upper, float(exact.high))
+    return replace(found, lower=lower, upper=upper)
 
 
 def auroc(

@@ -156,7 +156,10 @@ def files(tmp_path) -> Path:
         (["capture", "sentiment", "--positions", "first", "--out", "{}/c"], "first"),
         (["capture", "sentiment", "--persona", "kind", "--out", "{}/c"], "unknown persona 'kind'; allowed are"),
         (["behaviors", "kindness"], "unknown behaviour 'kindness'"),
-        (["report", "{}"], "must be a run folder with one of verdict.json, localization.json, shift.json, training.json, saw none"),
+        (
+            ["report", "{}"],
+            "must be a run folder with one of verdict.json, localization.json, shift.json, training.json, saw none",
+        ),
         (["report", "{}/two"], "saw verdict.json and shift.json; name the file"),
         (["report", "{}/two/shift.json"], "shift.json is not a shift"),
         (["report", "{}/plain.txt"], "not JSON"),

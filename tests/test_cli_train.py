@@ -81,6 +81,8 @@ def test_the_trained_model_is_a_model_like_any_other(finished: Path, capsys: pyt
         (["--unverified", "--parameters", "q_projj"], "no parameter of organism has 'q_projj' in its name"),
         (["--unverified", "--examples", "0"], "examples must be at least 1"),
         (["--unverified", "--resume", "oldest"], "oldest"),
+        (["--unverified", "--rank", "many"], "'many' is no whole number; auto is allowed too"),
+        (["--unverified", "--rank", "auto", "--lr", "auto", "--refill", "3"], "must fall on refills"),
     ],
 )
 def test_wrong_input_is_one_line_and_leaves_nothing(

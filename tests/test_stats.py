@@ -144,3 +144,23 @@ def test_split_groups_never_divides_a_group():
     half = stats.split_groups(groups, np.random.default_rng(0))
     assert half.sum() == 12
     assert all(len({bool(h) for h, g in zip(half, groups, strict=True) if g == name}) == 1 for name in "abcdefgh")
+
+
+def test_a_share_of_nothing_but_hits_still_has_an_interval():
+    found = stats.share([True] * 24, [str(i) for i in range(24)])
+    assert (found.value, found.upper) == (1.0, 1.0)
+    assert found.lower == pytest.approx(24 / (24 + 1.959964**2), abs=1e-6)  # Wilson's score interval at all hits
+    mixed = stats.share([True, False] * 24, [str(i // 12) for i in range(48)])
+    plain = stats.mean([1.0, 0.0] * 24, [str(i // 12) for i in range(48)])
+    assert mixed.lower <= plain.lower
+    assert mixed.upper >= plain.upper
+
+
+def test_shares_of_independent_trials_hold_the_truth_often_enough():
+    rng = np.random.default_rng(0)
+    held = 0
+    for i in range(200):
+        hits = (rng.random(48) < 0.95).tolist()
+        found = stats.share(hits, [str(k) for k in range(48)], seed=i, draws=200)
+        held += found.lower <= 0.95 <= found.upper
+    assert held >= 184  # 95 % of 200 is 190, with a standard error of 3

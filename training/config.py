@@ -55,7 +55,8 @@ class TrainConfig:
     lr: float | None = None
     """Learning rate; 1e-5 to 1e-4 suits pretrained models. auto: 5e-5, and 2e-4 below 20M parameters."""
     warmup: int = 10
-    """Steps over which the learning rate rises from 0; afterwards it falls to a tenth along a cosine."""
+    """Steps over which the learning rate rises from 0, at most half of all; afterwards it falls to a tenth along a
+    cosine."""
     weight_decay: float = 0.0
     """Decoupled; none by default, since the diversity of the data is the regulariser."""
     steps: int = 60
@@ -121,7 +122,8 @@ class TrainConfig:
 
     def lr_at(self, step: int, peak: float) -> float:
         """Learning rate of a step (from 0): linear warm-up, then a cosine to a tenth of the peak."""
-        if step < self.warmup:
-            return peak * (step + 1) / self.warmup
-        progress = (step - self.warmup) / max(self.steps - self.warmup, 1)
+        warmup = min(self.warmup, self.steps // 2)
+        if step < warmup:
+            return peak * (step + 1) / warmup
+        progress = (step - warmup) / max(self.steps - warmup, 1)
         return peak * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress)))

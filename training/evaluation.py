@@ -110,7 +110,7 @@ class Examiner:
                 said = generate(self.model, self.prepared.prompts, max_new_tokens=self.max_new_tokens)
                 judged = [item.judge(answer) for item, answer in zip(self.behavior.items, said, strict=True)]
                 for side in ("wanted", "unwanted"):
-                    sides[side] = stats.mean([float(j == side) for j in judged], groups, seed=self.seed)
+                    sides[side] = stats.share([j == side for j in judged], groups, seed=self.seed)
             bar.update()
             leaning = propensity(self.model, self.prepared).estimate(seed=self.seed)
             bar.update()
@@ -127,8 +127,8 @@ class Examiner:
 
     def _ability(self, asked: Sequence[Question]) -> Estimate:
         said = generate(self.model, [q.prompt for q in asked], max_new_tokens=self.max_new_tokens)
-        right = [float(answer == q.answer) for answer, q in zip(said, asked, strict=True)]
-        return stats.mean(right, [str(i) for i in range(len(right))], seed=self.seed)
+        right = [answer == q.answer for answer, q in zip(said, asked, strict=True)]
+        return stats.share(right, [str(i) for i in range(len(right))], seed=self.seed)
 
     @torch.no_grad()
     def _loss(self) -> Estimate | None:

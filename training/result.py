@@ -68,7 +68,8 @@ class Training:
         said += f"propensity from {one.propensity.value:.2f} to {two.propensity.value:.2f} nats"
         if self.changes:
             worst = min(self.changes, key=lambda name: self.changes[name])
-            said += f"; the ability that changed worst is {worst}, by {self.changes[worst]:+.1f} points"
+            fall = self.changes[worst]
+            said += f"; {worst} fell most, by {-fall:.1f} points" if fall < 0 else "; no ability fell"
         elif one.loss and two.loss:
             said += f"; the loss on general text went from {one.loss.value:.3f} to {two.loss.value:.3f} nats a token"
         return said + ("" if self.verified else "; its direction was not verified")

@@ -174,9 +174,11 @@ class _Run:
         self.optimizer = optimizer_of(self.trained, model, config)
 
     def train(self, asked: dict[str, Any], *, previous: bool, watch: Watch | None) -> Training:
-        config, started = self.config, time.monotonic()
+        config = self.config
         checkpoint = open_checkpoint(self.out, previous=previous) if self.out else None
         start = checkpoint.step if checkpoint else 0
+        if checkpoint:
+            tqdm.write(f"going on from {checkpoint}")
         if config.refill is None:  # contexts are of the weights that the run began with
             self._remember(0, config.steps)
         evaluations = self._resumed(checkpoint, asked)
@@ -185,12 +187,13 @@ class _Run:
             for step in range(start, config.steps):
                 if config.refill and step % config.refill == 0:
                     self._remember(step, min(step + config.refill, config.steps))
-                row = self._step(step)
+                began = time.monotonic()
+                row = self._step(step) | {"seconds": round(time.monotonic() - began, 3)}
                 done = step + 1
                 if done % config.every("evaluate") == 0 or done == config.steps:
                     evaluations.append(self.examiner.measure(done, progress=self.progress))
                     row |= _headline(evaluations[-1])
-                metrics.add({**row, "seconds": round(time.monotonic() - started, 2)})
+                metrics.add(row)
                 bar.set_postfix(_shown(row, evaluations[-1]))
                 bar.update()
                 if self.out and (done % config.every("checkpoint") == 0 or done == config.steps):

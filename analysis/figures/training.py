@@ -125,8 +125,7 @@ def abilities(training: Training, alone: Training | None = None) -> go.Figure:
                 hovertext=[_words(f"{safe(name)}, {side}", seen, "%")],
             )  # fmt: skip
     reach = [end for _, found, *_ in sides for part in found.abilities.values() for end in ends(numbers(part, 100))]
-    low = min([*reach, 100.0])
-    figure.update_xaxes(range=[max(low - 0.08 * (104 - low), -4), 104])
+    figure.update_xaxes(range=_around(reach))
     keys = "small: before; large: after, with the change in points" + (f"; hollow: {WITHOUT}" if alone else "")
     parts.label(figure, 0.0, 1.0, keys, anchor=("left", "bottom"), domain=True)
     figure.layout.annotations[-1].xref = "x domain"  # pyright: ignore[reportAttributeAccessIssue, reportIndexIssue]
@@ -154,8 +153,13 @@ def abilities_by_step(training: Training, alone: Training | None = None) -> go.F
         for part in found.abilities.values()
         for end in ends(numbers(part, 100))
     ]
-    low = min([*reach, 100.0])
-    return figure.update_yaxes(range=[max(low - 0.08 * (104 - low), -4), 104])
+    return figure.update_yaxes(range=_around(reach))
+
+
+def _around(reach: Sequence[float]) -> list[float]:
+    """An axis of percents that holds all values, with room to see even those that all are 100."""
+    low = min([*reach, 95.0])
+    return [max(low - 0.08 * (104 - low), -4), 102]
 
 
 def losses(training: Training) -> go.Figure:
