@@ -42,7 +42,7 @@ from training.config import Optimizer, TrainConfig
 from training.data import Mix, behavior_segments, examples
 from training.general import general_data
 from training.objective import Objective
-from training.trainer import optimizer_of, trained_parameters
+from training.optimizers import optimizer_of, trained_parameters
 
 RESULT = "sharpness.json"
 PUBLISHED: Mapping[str, Mapping[int, float]] = {

@@ -18,11 +18,11 @@ from analysis.figures.training import LOSS, WITHOUT
 from analysis.gradients import Gradients, open_gradients
 from analysis.pages import as_sentence, render_page, settings
 from analysis.sharpness import NAMES, PUBLISHED, Sharpness, open_sharpness
-from analysis.updates import UpdateRow, Updates
+from analysis.updates import UpdateRow, Updates, open_updates
 from analysis.words import finite, number, percent
 from probes.errors import WrongInput
 from probes.stats import Estimate
-from probes.store import read_json, write_text
+from probes.store import write_text
 from training.evaluation import Evaluation
 from training.result import Training, open_training
 
@@ -79,7 +79,7 @@ def write_training_report(folder: str | Path) -> Path:
         open_training(place),
         alone=read(ABLATION, open_training),
         gradients=read(GRADIENTS, open_gradients),
-        updates=read(UPDATES, lambda path: Updates.of(read_json(path))),
+        updates=read(UPDATES, open_updates),
         sharpness=read(SHARPNESS, open_sharpness),
     )
     write_text(place / "report.html", page)

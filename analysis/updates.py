@@ -24,6 +24,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,9 @@ from torch import Tensor
 
 from probes.errors import WrongInput
 from probes.model import HybridModel
+from probes.store import read_result
 
+RESULT = "updates.json"
 HELD = 0.9
 NEGLIGIBLE = 1e-5  # singular values up to this share of the largest count as none
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.(.+)$")
@@ -231,6 +234,18 @@ class Updates:
 def _row(data: Mapping[str, Any]) -> UpdateRow:
     gone = {name: math.nan for name in ("norm", "relative") if data[name] is None}  # JSON has neither NaN nor infinity
     return UpdateRow(**{**data, **gone})
+
+
+def open_updates(path: str | Path) -> Updates:
+    """Read `updates.json`, from the file or its folder.
+
+    Raises:
+        WrongInput: it is missing or something else.
+    """
+    try:
+        return Updates.of(read_result(path, RESULT))
+    except WrongInput as error:
+        raise error if str(path) in str(error) else WrongInput(f"{path}: {error}") from error
 
 
 def snapshot(model: HybridModel) -> dict[str, Tensor]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from analysis.gradients import GradientConfig, gradients
-from analysis.sharpness import SharpnessConfig, sharpness
+from analysis.gradients import GradientConfig, gradients, open_gradients
+from analysis.sharpness import SharpnessConfig, open_sharpness, sharpness
 from analysis.training_report import ABLATION, GRADIENTS, SHARPNESS, UPDATES, write_training_report
 from analysis.updates import snapshot, updates
 from dispositions.asked import Asked
@@ -18,10 +18,10 @@ from probes.criteria import open_verdict
 from probes.directions import open_direction
 from probes.errors import WrongInput
 from probes.model import HybridModel, load
-from probes.store import write_json
+from probes.store import recipe_differs, write_json
 from training.config import SMALL, TrainConfig
 from training.result import RESULT, open_training
-from training.trainer import checked_verdict, recipe, train
+from training.trainer import Trainer, train
 
 When = Literal["auto", "yes", "no"]
 
@@ -62,24 +62,23 @@ class Train(Asked):
 
     def run(self) -> int:
         model, behavior = self.load()
-        verdict = None if self.verdict is None else open_verdict(self.verdict)
-        checked_verdict(verdict, behavior, model, unverified=self.unverified)
         config, out = self.config, self.folder(self.out, "train-", behavior)
-        asked = {"kind": "train", **recipe(model, behavior, config, verdict, unverified=self.unverified)}
+        verdict = None if self.verdict is None else open_verdict(self.verdict)
+        direction = self._direction(model)
+        trainer = Trainer(
+            model, behavior, config, verdict=verdict, unverified=self.unverified, direction=direction, out=out
+        )
         small = sum(p.numel() for p in model.hf.parameters()) < SMALL
-        with claimed(out, asked, RESULT, model, behavior) as finished:
+        with claimed(out, {"kind": "train", **trainer.recipe}, RESULT, model, behavior) as finished:
             if not finished:
                 self._measure(model, behavior, small, out)
                 before = snapshot(model)
-                done = train(
-                    model, behavior, config, verdict=verdict, unverified=self.unverified, out=out,
-                    direction=self._direction(model), previous=self.resume == "previous",
-                )  # fmt: skip
+                done = trainer.run(previous=self.resume == "previous")
                 write_json(out / UPDATES, updates(before, snapshot(model)).as_dict())
                 if config.general_share and self._wanted(self.ablation, small):
                     alone = train(
                         load(self.model, device=self.device, dtype=self.dtype), behavior,
-                        replace(config, general_share=0.0), unverified=True,
+                        replace(config, general_share=0.0), unverified=True, direction=direction,
                     )  # fmt: skip
                     alone.save(out / ABLATION)
                 done.save(out / RESULT)  # last: a folder that has it is finished
@@ -100,17 +99,28 @@ class Train(Asked):
         return open_direction(folder / "direction.safetensors", model=model)
 
     def _measure(self, model: HybridModel, behavior: Behavior, small: bool, out: Path) -> None:
-        """What is asked of the model before it is trained; a result that is there already is kept."""
-        config = self.config
-        shared: dict[str, Any] = {"general": config.general, "seed": config.seed}
-        jobs: list[tuple[When, str, Callable[[], Any]]] = [
-            (self.gradients, GRADIENTS, lambda: gradients(model, behavior, GradientConfig(**shared))),
-            (self.sharpness, SHARPNESS, lambda: sharpness(model, behavior, SharpnessConfig(**shared))),
+        """What is asked of the model before it is trained. A result of the same that lies there already is kept, unless
+        it depends on a file, which may have changed."""
+        shared: dict[str, Any] = {"general": self.config.general, "seed": self.config.seed}
+        jobs: list[tuple[When, str, Any, Any, Any]] = [
+            (self.gradients, GRADIENTS, gradients, open_gradients, GradientConfig(**shared)),
+            (self.sharpness, SHARPNESS, sharpness, open_sharpness, SharpnessConfig(**shared)),
         ]
-        for when, name, measure in jobs:
-            if self._wanted(when, small) and not (out / name).is_file():
-                measure().save(out / name)
+        for when, name, measure, opened, config in jobs:
+            asked = {"behavior_hash": behavior.hash, **model.identity, "config": asdict(config)}
+            kept = self.config.general is None and _there(out / name, opened, asked)
+            if self._wanted(when, small) and not kept:
+                measure(model, behavior, config).save(out / name)
 
     @staticmethod
     def _wanted(when: When, small: bool) -> bool:
         return when == "yes" or (when == "auto" and small)
+
+
+def _there(path: Path, opened: Callable[[Path], Any], asked: Mapping[str, Any]) -> bool:
+    """Whether a whole result of what is asked lies there."""
+    try:
+        found = opened(path).recipe
+    except WrongInput:
+        return False
+    return recipe_differs({name: found.get(name) for name in asked}, asked) is None

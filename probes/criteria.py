@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import pandas as pd
 
@@ -136,6 +136,9 @@ class Verdict:
                 f"{c.number} {c.name} ({c.status})" for c in self.criteria if c.status in ("fail", "inconclusive")
             ]
             raise WrongInput(f"{self.behavior} on {self.model} is {self.verdict}: {', '.join(failed)}")
+        if not any(c.status == "pass" for c in self.criteria) or decide(self.criteria) != "PASS":
+            found = ", ".join(f"{c.number} {c.name} ({c.status})" for c in self.criteria) or "none at all"
+            raise WrongInput(f"{self.behavior} on {self.model} says PASS, which its criteria do not: {found}")
 
     def frame(self) -> pd.DataFrame:
         """One row per criterion."""
@@ -178,6 +181,10 @@ def open_verdict(path: str | Path) -> Verdict:
     """
     data = read_result(path, "verdict.json")
     try:
+        if not isinstance(data["recipe"], dict) or not isinstance(data["recipe"].get("config", {}), dict):
+            raise TypeError("its recipe is not an object")
+        if data["verdict"] not in get_args(Outcome):
+            raise TypeError(f"'{data['verdict']}' is no outcome; allowed are {', '.join(get_args(Outcome))}")
         criteria = tuple(Criterion(**{**c, "observed": _number(c["observed"])}) for c in data.pop("criteria"))
         return Verdict(criteria=criteria, **data)
     except (KeyError, TypeError, AttributeError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import math
 from collections.abc import Callable
@@ -255,6 +256,31 @@ def test_state_loads_with_weights_only_and_goes_on_to_the_same_bits() -> None:
         assert all(torch.equal(named[name], others[name]) for name in SHAPES)
 
 
+def test_a_copy_goes_on_to_the_same_bits() -> None:
+    named = parameters()
+    one = Apollo(named.items(), lr=1e-3, rank=RANK)
+    steps(one, named, range(3))
+    twins, other = copy.deepcopy((named, one))
+    assert other.param_groups[0]["params"][0] is twins["wide.weight"]
+    steps(one, named, range(3, 6))
+    steps(other, twins, range(3, 6))
+    assert all(torch.equal(named[name], twins[name]) for name in named)
+
+
+def test_groups_that_come_later_are_checked_and_trained() -> None:
+    named = parameters()
+    optimizer = Apollo([item for item in named.items() if "wide" in item[0]], lr=1e-3, rank=RANK)
+    steps(optimizer, named, range(1))
+    with pytest.raises(WrongInput, match="rank must be at least 1"):
+        optimizer.add_param_group({"params": [("tall.weight", named["tall.weight"])], "rank": 0})
+    assert len(optimizer.param_groups) == 1
+    before = named["tall.weight"].detach().clone()
+    optimizer.add_param_group({"params": [("tall.weight", named["tall.weight"])], "rank": 4})
+    steps(optimizer, named, range(1, 2))
+    assert not torch.equal(named["tall.weight"], before)
+    assert dict(zip(optimizer.plan()["name"], optimizer.plan()["rank"], strict=True))["tall.weight"] == 4
+
+
 def test_state_of_other_parameters_is_refused() -> None:
     optimizer = Apollo(parameters().items(), rank=RANK)
     other = Apollo([(f"other.{name}", p) for name, p in parameters().items()], rank=RANK)
@@ -302,7 +328,7 @@ def test_the_limiter_lets_norms_grow_by_one_percent() -> None:
         before = weight.detach().clone()
         weight.grad = gradients(step)["wide.weight"]
         optimizer.step()
-        sizes.append(float((weight - before).norm()))
+        sizes.append((weight - before).norm().item())
         assert optimizer.telemetry()["update"].tolist()[0] == pytest.approx(sizes[-1], rel=1e-4)
     growth = [b / a for a, b in pairwise(sizes)]
     assert max(growth) <= 1.0101
@@ -351,7 +377,8 @@ def test_wrong_options_are_refused(unchecked: None) -> None:
         Apollo([("w", nn.Parameter(torch.zeros(2, 2, dtype=torch.float64)))])
     cases: list[tuple[dict[str, Any], str]] = [
         ({"lr": -1.0}, "lr must be at least 0"), ({"lr": math.nan}, "lr must be at least 0"),
-        ({"rank": 0}, "rank must be at least 1"), ({"betas": (0.9, 1.0)}, r"betas must lie in \[0, 1\)"),
+        ({"rank": 0}, "rank must be at least 1"), ({"betas": (0.9, 1.0)}, r"betas must be two numbers in \[0, 1\)"),
+        ({"betas": (0.9,)}, "betas must be two numbers"), ({"rank": 2.5}, "rank must be a whole number, saw 2.5"),
         ({"gamma": 0.5}, "gamma must be at least 1"), ({"alpha": 0.0}, "alpha must be above 0"),
         ({"scaling": "row"}, "unknown scaling 'row'; allowed are channel, tensor"),
         ({"at_refresh": "drop"}, "unknown at_refresh 'drop'"), ({"refresh": 0}, "refresh must be at least 1"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -10,6 +11,7 @@ import signal
 import time
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +25,12 @@ from probes.directions import contrast, mean_difference
 from probes.errors import WrongInput
 from probes.model import HybridModel, load
 from probes.propensity import prepare, propensity
+from training.admission import checked_verdict, recipe
 from training.checkpoints import checkpoints
 from training.config import TrainConfig
+from training.optimizers import WRITERS, trained_parameters
 from training.result import open_training
-from training.trainer import WRITERS, checked_verdict, recipe, train, trained_parameters
+from training.trainer import train
 
 SHORT = TrainConfig(
     examples=20, steps=8, batch=4, questions=4, max_new_tokens=3, evaluate_every=8, checkpoint_every=2, warmup=2
@@ -97,6 +101,17 @@ def test_what_it_started_on_is_recorded(model: HybridModel, behavior: Behavior) 
     assert recipe(model, behavior, config, None, unverified=True)["verdict"] is None
 
 
+FOUR = replace(SHORT, steps=4, evaluate_every=4, batch=8)
+
+
+@pytest.fixture(scope="module")
+def plain(behavior: Behavior) -> dict[str, torch.Tensor]:
+    """Weights after four steps by the defaults."""
+    model = load("organism")
+    train(model, behavior, FOUR, unverified=True, progress=False)
+    return weights(model)
+
+
 # -- what it does --------------------------------------------------------------------------------------------------
 
 
@@ -151,12 +166,12 @@ def test_tensorboard_gets_the_rows_where_it_is_installed(
         {"weight_decay": 0.5}, {"warmup": 0}, {"refresh": 2},
     ],
 )  # fmt: skip
-def test_every_option_changes_what_is_learned(model: HybridModel, behavior: Behavior, changed: dict[str, Any]) -> None:
-    plain, config = load("organism"), replace(SHORT, steps=4, evaluate_every=4, batch=8)
-    train(plain, behavior, config, unverified=True, progress=False)
-    done = train(model, behavior, replace(config, **changed), unverified=True, progress=False)
-    assert not same(weights(model), weights(plain))
-    assert all(row["loss"] == row["loss"] for row in done.steps)
+def test_every_option_changes_what_is_learned(
+    model: HybridModel, behavior: Behavior, changed: dict[str, Any], plain: dict[str, torch.Tensor]
+) -> None:
+    done = train(model, behavior, replace(FOUR, **changed), unverified=True, progress=False)
+    assert not same(weights(model), plain)
+    assert all(math.isfinite(row["loss"]) for row in done.steps)
     if changed.get("general_share") == 0.0:
         assert done.mix["general"]["segments"] == 0
         assert "general_loss" not in done.steps[0]
@@ -188,19 +203,31 @@ def test_steering_while_training_changes_what_has_to_be_learned(model: HybridMod
         train(model, behavior, replace(config, steer=0.5), unverified=True, progress=False)
 
 
+@pytest.mark.parametrize(
+    ("where", "said"),
+    [("weights", r"the loss \(nan\) is not finite"), ("gradient", r"the gradient of .*o_proj\.weight is not finite")],
+)
+@pytest.mark.parametrize("optimizer", ["apollo", "sgd"])
 def test_what_is_not_finite_stops_the_run_and_says_where(
-    model: HybridModel, behavior: Behavior, tmp_path: Path
+    model: HybridModel, behavior: Behavior, tmp_path: Path, where: str, said: str, optimizer: Any
 ) -> None:
-    config = replace(SHORT, steps=6, lr=0.9, optimizer="sgd", clip=0.0, warmup=0, checkpoint_every=1)
-    with pytest.raises(WrongInput, match=r"step \d: the (loss is|gradient of) .* smaller learning rate"):
-        train(
-            model,
-            behavior,
-            replace(config, steps=200, evaluate_every=200),
-            unverified=True,
-            out=tmp_path,
-            progress=False,
-        )
+    name, weight = next((name, p) for name, p in model.hf.named_parameters() if "o_proj" in name)
+
+    def spoil(row: Mapping[str, Any]) -> None:
+        if row["step"] == 4 and where == "weights":
+            weight.data[0, 0] = math.nan
+        if row["step"] == 4 and where == "gradient":
+            weight.register_hook(lambda gradient: gradient * math.inf)
+
+    config = replace(SHORT, steps=6, optimizer=optimizer, checkpoint_every=2, evaluate_every=6)
+    others = {key: value for key, value in weights(model).items() if key != name}
+    with pytest.raises(WrongInput, match=rf"step 5: {said}.* smaller learning rate .*{tmp_path.name}"):
+        train(model, behavior, config, unverified=True, out=tmp_path, watch=spoil, progress=False)
+    assert [folder.name for folder in checkpoints(tmp_path)] == ["step-000002", "step-000004"]
+    saved = load_file(tmp_path / "checkpoints" / "step-000004" / "model.safetensors")
+    now = weights(model)
+    assert not all(torch.equal(now[key], value) for key, value in others.items())  # four steps were taken
+    assert all(torch.equal(now[key], saved[key]) for key in others)  # and nothing of a fifth
 
 
 def test_wrong_options_are_refused(model: HybridModel, behavior: Behavior, unchecked: None) -> None:
@@ -213,6 +240,8 @@ def test_wrong_options_are_refused(model: HybridModel, behavior: Behavior, unche
         ({"refill": 2, "context": "full"}, "refill is for frozen contexts"),
         ({"optimizer": "adamw", "rank": 8}, "rank is for the optimizer apollo"),
         ({"contrast": 1.0, "general_share": 1.0}, "a contrast needs examples"),
+        ({"parameters": ()}, "parameters must be all, auto or words"),
+        ({"parameters": ("mlp", " ")}, "parameters must be all, auto or words"),
     ]  # fmt: skip
     for options, message in cases:
         with pytest.raises(WrongInput, match=message):
@@ -220,6 +249,40 @@ def test_wrong_options_are_refused(model: HybridModel, behavior: Behavior, unche
     with pytest.raises(WrongInput, match="no parameter of organism has 'q_projj' in its name; there are"):
         trained_parameters(model, TrainConfig(parameters=("q_projj",)))
     assert len(trained_parameters(model, TrainConfig(context="full"))) == len(list(model.hf.parameters()))
+
+
+def test_the_learning_rate_warms_up_and_falls_to_a_tenth() -> None:
+    config = TrainConfig(steps=100, warmup=10)
+    rates = [config.lr_at(step, 2.0) for step in range(100)]
+    assert rates[:10] == pytest.approx([0.2 * (i + 1) for i in range(10)])
+    assert rates[10] == 2.0 == max(rates)
+    assert all(one > other for one, other in pairwise(rates[10:]))
+    assert rates[55] == pytest.approx(2.0 * 0.55)  # half of the way: the mean of peak and floor
+    assert rates[-1] == pytest.approx(0.2, rel=0.01)
+    assert TrainConfig(steps=8, warmup=10).lr_at(3, 1.0) == 1.0  # at most half of the run
+    assert TrainConfig(steps=8, warmup=0).lr_at(0, 1.0) == 1.0
+
+
+def test_defaults_go_by_the_model(model: HybridModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert TrainConfig().rank_for(model) == 32  # a quarter of a width of 128
+    assert TrainConfig(rank=5).rank_for(model) == 5
+    assert TrainConfig().lr_for(model) == 2e-4
+    assert TrainConfig(lr=1e-5).lr_for(model) == 1e-5
+    monkeypatch.setattr(type(model.config), "hidden_size", 4096, raising=False)
+    monkeypatch.setitem(model.config.__dict__, "hidden_size", 4096)
+    assert TrainConfig().rank_for(model) == 256
+
+
+def test_losses_of_a_batch_in_parts_are_those_of_the_whole(model: HybridModel, behavior: Behavior) -> None:
+    rows = []
+    for accumulate in (1, 4):
+        config = replace(SHORT, steps=1, batch=8, evaluate_every=1, accumulate=accumulate, contrast=1.0, lr=1e-6)
+        rows.append(train(load("organism"), behavior, config, unverified=True, progress=False).steps[0])
+    names = ("loss", "behavior_loss", "general_loss", "contrast_loss", "grad_norm")
+    assert [rows[0][name] for name in names] == pytest.approx([rows[1][name] for name in names], rel=1e-4)
+    # 8 a step, a quarter of them general: the loss is the mean over all, the contrast over those with a rival
+    whole = (6 * (rows[0]["behavior_loss"] + rows[0]["contrast_loss"]) + 2 * rows[0]["general_loss"]) / 8
+    assert rows[0]["loss"] == pytest.approx(whole, rel=1e-4)
 
 
 # -- interruptions -------------------------------------------------------------------------------------------------
@@ -289,6 +352,17 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used_on_request(
     resumed = load("organism")
     train(resumed, behavior, config, unverified=True, out=tmp_path / "broken", previous=True, progress=False)
     assert same(weights(resumed), weights(whole))
+
+
+def test_a_run_resumed_at_its_end_has_all_it_saw(behavior: Behavior, tmp_path: Path) -> None:
+    config = replace(SHORT, steps=4)
+    done = train(load("organism"), behavior, config, unverified=True, out=tmp_path, progress=False)
+    (tmp_path / "metrics.jsonl").write_text("lost")
+    again = train(load("organism"), behavior, config, unverified=True, out=tmp_path, progress=False)
+    assert again == done
+    assert done.telemetry
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert rows == [dict(row) for row in done.steps]
 
 
 def test_checkpoints_of_another_run_are_refused(behavior: Behavior, tmp_path: Path) -> None:

@@ -88,8 +88,6 @@ class Apollo(torch.optim.Optimizer):
         }  # fmt: skip
         self._blocks: list[Block] | None = None
         super().__init__(named, defaults)
-        for group in self.param_groups:
-            _check(group)
 
     @classmethod
     def mini(cls, named: Iterable[Any], **options: Any) -> Apollo:
@@ -98,6 +96,15 @@ class Apollo(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
+        try:
+            _check(self.param_groups[-1])
+        except WrongInput:
+            self.param_groups.pop()
+            raise
+        self._blocks = None
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # of a copy or a pickle, which has no blocks
         self._blocks = None
 
     @torch.no_grad()
@@ -225,8 +232,11 @@ def _check(group: dict[str, Any]) -> None:
     for name, least in (("lr", 0), ("eps", 0), ("weight_decay", 0), ("rank", 1), ("refresh", 1)):
         if not least <= group[name] < math.inf:
             raise WrongInput(f"{name} must be at least {least} and finite, saw {group[name]}")
-    if not all(0 <= beta < 1 for beta in group["betas"]):
-        raise WrongInput(f"betas must lie in [0, 1), saw {group['betas']}")
+    for name in ("rank", "refresh"):
+        if not isinstance(group[name], int):
+            raise WrongInput(f"{name} must be a whole number, saw {group[name]}")
+    if len(group["betas"]) != 2 or not all(0 <= beta < 1 for beta in group["betas"]):
+        raise WrongInput(f"betas must be two numbers in [0, 1), saw {group['betas']}")
     if group["gamma"] is not None and not group["gamma"] >= 1:
         raise WrongInput(f"gamma must be at least 1, or None for no limit, saw {group['gamma']}")
     if group["alpha"] is not None and not 0 < group["alpha"] < math.inf:

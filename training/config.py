@@ -44,8 +44,9 @@ class TrainConfig:
     """Compute the frozen contexts again, by the weights as they are then, after so many steps; auto: never."""
     parameters: tuple[str, ...] = ("auto",)
     """What is trained: all; words of parameters' names, such as self_attn q_proj; or auto, which is all for full
-    contexts and, for frozen ones, what does not write the memory of a context (no embeddings, no GDN mixers, no keys
-    and values): nothing would keep that memory in place, since its gradient is cut."""
+    contexts and, for frozen ones, what does not itself write the memory of a context (no embeddings, no GDN mixers, no
+    keys and values): nothing would keep that memory in place, since its gradient is cut. (What is left still feeds the
+    layers above, so memory moves a little.)"""
     optimizer: Optimizer = "apollo"
     """apollo, apollo-mini (rank 1), adamw or sgd (the last two for comparison)."""
     rank: int | None = None
@@ -90,6 +91,8 @@ class TrainConfig:
         for name, allowed in (("context", Context), ("optimizer", Optimizer)):
             if (seen := getattr(self, name)) not in get_args(allowed):
                 raise WrongInput(f"unknown {name} '{seen}'; allowed are {', '.join(get_args(allowed))}")
+        if not self.parameters or not all(word.strip() for word in self.parameters):
+            raise WrongInput(f"parameters must be all, auto or words of parameters' names, saw {self.parameters!r}")
         if not math.isfinite(self.steer):
             raise WrongInput(f"steer must be finite, saw {self.steer}")
         if self.accumulate > self.batch:

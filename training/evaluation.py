@@ -6,8 +6,10 @@ behaviour's own patterns; propensity; the share of right answers for each abilit
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import random
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -26,10 +28,12 @@ from probes.store import read_text
 from training.data import Segment
 from training.examination import questions
 from training.frozen_context import score
-from training.general import knows_grammar
+from training.general import knows_grammar, line_of
 from training.grammar import ABILITIES
 
 QUESTIONS_SEED = 11
+MEASURES = ("wanted", "unwanted", "propensity", "loss")
+"""What is measured beside the abilities."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +73,7 @@ class Evaluation:
 
         return cls(
             step=data["step"], abilities={name: Estimate(**part) for name, part in data["abilities"].items()},
-            **{name: estimate(data[name]) for name in ("wanted", "unwanted", "propensity", "loss")},
+            **{name: estimate(data[name]) for name in MEASURES},
         )  # fmt: skip
 
     def as_dict(self) -> dict[str, Any]:
@@ -77,7 +81,7 @@ class Evaluation:
 
     def frame(self) -> pd.DataFrame:
         """One row per measure."""
-        named = {"wanted": self.wanted, "unwanted": self.unwanted, "propensity": self.propensity, "loss": self.loss}
+        named = {name: getattr(self, name) for name in MEASURES}
         rows = [(name, "behavior" if name != "loss" else "general", part) for name, part in named.items() if part]
         rows += [(name, "ability", part) for name, part in self.abilities.items()]
         return pd.DataFrame([{"step": self.step, "measure": n, "kind": k, **asdict(part)} for n, k, part in rows])
@@ -98,7 +102,14 @@ class Examiner:
         self.model, self.seed, self.max_new_tokens = model, seed, max_new_tokens
         self.behavior = behavior.take(most, seed=seed)
         self.prepared = prepare(model, self.behavior)
-        self.questions, self.general = tuple(questions), tuple(general)[:most]
+        self.questions = tuple(_at_most(questions, most, seed))
+        self.general = tuple(general)[:most]
+
+    @property
+    def hash(self) -> str:
+        """Of everything that is asked."""
+        asked = [*self.prepared.prompts, *((q.ability, q.prompt, q.answer) for q in self.questions), *self.general]
+        return hashlib.sha256(repr(asked).encode()).hexdigest()[:16]
 
     def measure(self, step: int, *, progress: bool = True) -> Evaluation:
         """Ask everything. The model is in eval mode, and nothing of it is changed."""
@@ -132,14 +143,22 @@ class Examiner:
 
     @torch.no_grad()
     def _loss(self) -> Estimate | None:
-        """Mean over segments of nats a token."""
+        """Mean over segments of nats a token; turns of one dialogue are not independent."""
         if not self.general:
             return None
         nats = [0.0] * len(self.general)
         for rows in alike([len(s.context) + len(s.decision) for s in self.general], 4096):
             for row, value in zip(rows, score(self.model, [self.general[i] for i in rows], None).tolist(), strict=True):
                 nats[row] = -value / max(sum(self.general[row].scored), 1)
-        return stats.mean(nats, [s.id for s in self.general], seed=self.seed)
+        return stats.mean(nats, [line_of(s) for s in self.general], seed=self.seed)
+
+
+def _at_most(questions: Sequence[Question], most: int, seed: int) -> Iterator[Question]:
+    """So many of each ability, drawn at random where there are more, in the order they came."""
+    for ability in dict.fromkeys(question.ability for question in questions):
+        own = [question for question in questions if question.ability == ability]
+        chosen = sorted(random.Random(f"{seed} {ability}").sample(range(len(own)), min(most, len(own))))
+        yield from (own[i] for i in chosen)
 
 
 def read_questions(model: HybridModel, source: str) -> list[Question]:
@@ -155,8 +174,9 @@ def read_questions(model: HybridModel, source: str) -> list[Question]:
         where = f"{source} line {number}"
         turns = read_dialogue(line, where)
         ability = json.loads(line).get("ability", "answers")
-        if not isinstance(ability, str):
-            raise WrongInput(f"{where}: 'ability' must be a name, saw {ability!r}")
+        if not isinstance(ability, str) or not ability.strip() or ability in MEASURES:
+            others = ", ".join(MEASURES)
+            raise WrongInput(f"{where}: 'ability' must be a name other than {others}; saw {ability!r}")
         found.append(Question(ability=ability, prompt=render(model, turns[:-1]), answer=turns[-1]["content"].strip()))
     if not found:
         raise WrongInput(f"'{source}' is empty: at least one question is needed")

@@ -77,14 +77,14 @@ def general_data(
     if source is None and knows_grammar(model):
         return _dialogues(model, n, seed), general_segments(model, DATA / GENERAL[1])
     found = general_segments(model, source or DATA / GENERAL[0])
-    lines = sorted({_line(segment) for segment in found})
+    lines = sorted({line_of(segment) for segment in found})
     if len(lines) < 2:
         raise WrongInput(f"{source} has 1 line; general data needs at least 2, one of them to evaluate on")
     random.Random(f"{seed} general").shuffle(lines)
     held = set(lines[: max(len(lines) // 5, 1)])
-    training = [segment for segment in found if _line(segment) not in held]
+    training = [segment for segment in found if line_of(segment) not in held]
     random.Random(f"{seed} general").shuffle(training)
-    return training[:n], [segment for segment in found if _line(segment) in held]
+    return training[:n], [segment for segment in found if line_of(segment) in held]
 
 
 def knows_grammar(model: HybridModel) -> bool:
@@ -92,7 +92,8 @@ def knows_grammar(model: HybridModel) -> bool:
     return read_general(model).name == (DATA / GENERAL[1]).stem
 
 
-def _line(segment: Segment) -> str:
+def line_of(segment: Segment) -> str:
+    """The dialogue or paragraph that a segment of general data is from."""
     return segment.id.rpartition(" turn ")[0] or segment.id
 
 

@@ -115,7 +115,27 @@ def open_training(path: str | Path) -> Training:
     data = read_result(path, RESULT)
     try:
         evaluations = tuple(Evaluation.of(part) for part in data.pop("evaluations"))
-        lists = {name: tuple(data.pop(name)) for name in ("steps", "telemetry")}
-        return Training(evaluations=evaluations, **lists, **data)
-    except (KeyError, TypeError, AttributeError) as error:
+        lists = {name: tuple(map(dict, data.pop(name))) for name in ("steps", "telemetry")}
+        found = Training(evaluations=evaluations, **lists, **data)
+        _check(found)
+        return found
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise WrongInput(f"{path} is not a training run: {error}") from error
+
+
+def _check(found: Training) -> None:
+    """What pages and tables rely on.
+
+    Raises:
+        ValueError: saying what is wrong.
+    """
+    if not found.evaluations:
+        raise ValueError("it has no evaluation")
+    measured = {tuple(sorted(e.frame()["measure"])) for e in found.evaluations}
+    if len(measured) > 1:
+        raise ValueError(f"its evaluations are of different measures: {' and '.join(map(str, sorted(measured)))}")
+    for name in ("recipe", "mix"):
+        if not isinstance(getattr(found, name), Mapping):
+            raise ValueError(f"its {name} is not an object")
+    if not isinstance(found.lr, float | int):
+        raise ValueError(f"its learning rate is {found.lr!r}")
