@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from dispositions import training
 from dispositions.__main__ import main
+from probes.behaviors import Behavior, read_behavior
+from probes.criteria import Criterion, Verdict
+from probes.directions import contrast, mean_difference, save_direction
+from probes.model import HybridModel
+from probes.store import read_json, write_json
 from training.checkpoints import checkpoints
+from training.config import TrainConfig
 
 QUICK = [
     "--examples", "20", "--steps", "4", "--batch", "4", "--questions", "4", "--max-new-tokens", "3", "--warmup", "1",
@@ -93,6 +102,79 @@ def test_wrong_input_is_one_line_and_leaves_nothing(
     assert message in err.splitlines()[-1]
     assert len(err.strip().splitlines()) == 1 or "\r" in err
     assert not (tmp_path / "out").exists()
+
+
+def test_the_direction_of_the_verdict_is_added_while_training(
+    organism: HybridModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    behavior, place = read_behavior("follow-direction"), tmp_path / "verified"
+    direction = mean_difference(contrast(organism, behavior.take(24), layers=[4])[4])
+    save_direction(direction, place / "direction.safetensors", weights_hash=organism.weights_hash)
+    told = {"behavior": behavior.name, "behavior_hash": behavior.hash, "weights_hash": organism.weights_hash}
+    Verdict(
+        verdict="PASS", sentence="it does", behavior=behavior.name, model="organism", site="resid", layer=4, dose=0.5,
+        phase="prefill", criteria=(Criterion(number=3, name="effect", status="pass", observed=1.0),), controls={},
+        phases=(), cost={}, evidence={}, recipe=told,
+    ).save(place / "verdict.json")  # fmt: skip
+    command = ["train", "follow-direction", "--verdict", place, *QUICK]
+    losses = {}
+    for dose in ("0", "0.25"):
+        assert not run(capsys, *command, "--steer", dose, "--out", tmp_path / dose)[0]
+        for name in ("training.json", "without-general.json"):
+            done = json.loads((tmp_path / dose / name).read_text())
+            losses[name, dose] = done["steps"][0]["behavior_loss"]
+            assert done["verified"] == (name == "training.json")
+    assert losses["training.json", "0.25"] < losses["training.json", "0"]
+    assert losses["without-general.json", "0.25"] < losses["without-general.json", "0"]
+    (place / "direction.safetensors").unlink()
+    code, _, err = run(capsys, *command, "--steer", "0.25", "--out", tmp_path / "other")
+    assert code == 2
+    assert "direction.safetensors" in err
+
+
+class Measured:
+    """Stands for a measurement; counts how often it is made."""
+
+    calls = 0
+
+    def __call__(self, model: HybridModel, behavior: Behavior, config: Any) -> Measured:
+        self.recipe = {"behavior_hash": behavior.hash, **model.identity, "config": asdict(config), "versions": {}}
+        self.calls += 1
+        return self
+
+    def save(self, path: Path) -> None:
+        write_json(path, self.recipe)
+
+    def open(self, path: Path) -> Measured:
+        self.recipe = read_json(path)
+        return self
+
+
+@pytest.mark.parametrize("name", ["gradients", "sharpness"])
+def test_a_measurement_of_the_same_is_kept_and_no_other(
+    organism: HybridModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    behavior, fake = read_behavior("follow-direction"), Measured()
+    monkeypatch.setattr(training, name, fake)
+    monkeypatch.setattr(training, f"open_{name}", fake.open)
+    wanted: dict[str, Any] = {"gradients": "no", "sharpness": "no", name: "yes"}
+    file = tmp_path / f"{name}.json"
+
+    def measured(about: Behavior = behavior, **config: Any) -> int:
+        command = training.Train(behavior="follow-direction", config=TrainConfig(**config), **wanted)
+        before = fake.calls
+        command._measure(organism, about, True, tmp_path)
+        return fake.calls - before
+
+    assert measured() == 1
+    assert measured(lr=1e-3) == 0  # which it does not depend on
+    assert measured(seed=1) == 1
+    assert measured(seed=1) == 0
+    assert measured(read_behavior("sentiment"), seed=1) == 1
+    file.write_text(file.read_text()[:-5])
+    assert measured() == 1
+    chats = tmp_path / "chats.jsonl"
+    assert measured(general=str(chats)) == measured(general=str(chats)) == 1  # a file may have changed
 
 
 def test_a_damaged_checkpoint_is_refused_and_the_one_before_is_taken(

@@ -86,6 +86,11 @@ def test_nothing_starts_without_a_pass_for_this_behaviour_and_model(model: Hybri
         with pytest.raises(WrongInput, match=message):
             train(model, behavior, SHORT, verdict=verdict, progress=False)
     assert same(weights(model), before)
+    effect = Criterion(number=3, name="effect", status="fail", observed=1.0)
+    for criteria, found in (((), "none at all"), ((effect,), r"3 effect \(fail\)")):
+        claims = replace(verdict_for(model, behavior), criteria=criteria)
+        with pytest.raises(WrongInput, match=f"says PASS, which its criteria do not: {found}"):
+            checked_verdict(claims, behavior, model)
     checked_verdict(verdict_for(model, behavior), behavior, model)
     checked_verdict(None, behavior, model, unverified=True)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import fields, replace
@@ -287,7 +288,29 @@ def test_a_folder_without_a_run_is_refused(tmp_path):
         write_training_report(tmp_path)
     saved(tmp_path, "complete")
     write_json(tmp_path / UPDATES, {"rows": []})
-    with pytest.raises(WrongInput, match="these are not updates"):
+    with pytest.raises(WrongInput, match=r"updates\.json: these are not updates"):
+        write_training_report(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda data: data.update(evaluations=[]), "it has no evaluation"),
+        (lambda data: data["evaluations"][0]["abilities"].popitem(), "its evaluations are of different measures"),
+        (lambda data: data.update(recipe=[]), "its recipe is not an object"),
+        (lambda data: data.update(mix=3), "its mix is not an object"),
+        (lambda data: data.update(lr="fast"), "its learning rate is 'fast'"),
+        (lambda data: data.update(steps=[3]), "is not a training run"),
+        (lambda data: data.pop("model"), "is not a training run"),
+    ],
+)
+def test_a_damaged_run_is_refused(tmp_path, damage, said, unchecked):
+    data = json.loads((saved(tmp_path, "complete") / "training.json").read_text())
+    damage(data)
+    write_json(tmp_path / "training.json", data)
+    with pytest.raises(WrongInput, match=rf"{tmp_path.name}.* is not a training run.*"):
+        write_training_report(tmp_path)
+    with pytest.raises(WrongInput, match=said):
         write_training_report(tmp_path)
 
 

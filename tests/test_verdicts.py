@@ -16,8 +16,10 @@ from pages import HOSTILE
 
 from probes import stats
 from probes.behaviors import read_behavior
-from probes.criteria import GateCriteria, Verdict, decide
+from probes.criteria import GateCriteria, Verdict, decide, open_verdict
+from probes.errors import WrongInput
 from probes.evidence import judge, sentence
+from probes.store import write_json
 from probes.verify import GateConfig, verify
 
 TOPICS = ("bridges", "boats", "fences", "lamps", "pipes", "towers", "walls", "wheels")
@@ -205,3 +207,29 @@ def test_made_up_evidence_has_the_form_of_what_the_gate_writes(organism):
     )
     real = verify(organism, read_behavior("follow-direction"), quick, progress=False)
     assert form(dict(real.evidence)) == form(complete())
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        ({"recipe": []}, "its recipe is not an object"),
+        ({"recipe": {"config": "mean"}}, "its recipe is not an object"),
+        ({"verdict": "YES"}, "'YES' is no outcome; allowed are PASS, FAIL, INCONCLUSIVE"),
+        ({"criteria": 3}, "is not a verdict"),
+    ],
+)
+def test_a_damaged_verdict_is_refused(tmp_path, damage, said):
+    sample("PASS").save(tmp_path / "verdict.json")
+    assert open_verdict(tmp_path).verdict == "PASS"
+    write_json(tmp_path / "verdict.json", {**sample("PASS").as_dict(), **damage})
+    with pytest.raises(WrongInput, match=said):
+        open_verdict(tmp_path)
+
+
+def test_a_pass_is_one_that_its_criteria_bear_out():
+    good = sample("PASS")
+    good.require()
+    with pytest.raises(WrongInput, match=r"says PASS, which its criteria do not: none at all"):
+        replace(good, criteria=()).require()
+    with pytest.raises(WrongInput, match=r"says PASS, which its criteria do not: .*\(fail\)"):
+        replace(good, criteria=sample("FAIL").criteria).require()
