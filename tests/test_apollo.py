@@ -53,10 +53,10 @@ def steps(optimizer: Any, named: dict[str, nn.Parameter], numbers: range) -> Non
 
 def dense(
     weights: dict[str, Tensor], numbers: range, *, rank: int, scaling: str, lr: float, decay: float, refresh: int,
-    gamma: float, entries: str = "signs", reset: bool = False, seed: int = 0,
+    gamma: float, entries: str = "signs", reset: bool = False, seed: int = 0, block: int = RANK,
 ) -> dict[str, Tensor]:  # fmt: skip
     """The paper's algorithm 1 for each matrix, in float64, with the projection as a matrix of its own."""
-    result = {}
+    result, block = {}, min(block, rank)
     for name, start in weights.items():
         weight, shape = start.detach().double(), start.shape
         first = second = before = 0.0
@@ -70,11 +70,13 @@ def dense(
             wide = rows <= columns
             if projected:
                 key = key_of(seed, f"projection {name}", t // refresh)
-                matrix = (
-                    signs([key], rank, min(shape), rank**-0.5)[0]
+                columns = min(shape) // (rank // block)
+                drawn = (
+                    signs([key], rank, columns, block**-0.5)[0]
                     if entries == "signs"
-                    else normal([key], rank, min(shape))[0] * rank**-0.5
+                    else normal([key], rank, columns)[0] * block**-0.5
                 ).double()
+                matrix = torch.block_diag(*drawn.split(block))
                 small = matrix @ gradient if wide else gradient @ matrix.T
             else:
                 small = gradient
@@ -101,9 +103,11 @@ def dense(
 @pytest.mark.parametrize("scaling", ["channel", "tensor"])
 @pytest.mark.parametrize("entries", ["signs", "normal"])
 @pytest.mark.parametrize("at_refresh", ["keep", "reset"])
-def test_updates_are_those_of_a_dense_reference(scaling: Any, entries: Any, at_refresh: Any) -> None:
+@pytest.mark.parametrize("block", [RANK, RANK // 4])
+def test_updates_are_those_of_a_dense_reference(scaling: Any, entries: Any, at_refresh: Any, block: int) -> None:
     named = parameters()
     options: dict[str, Any] = {"rank": RANK, "lr": 1e-2, "refresh": 3, "gamma": 1.01, "entries": entries}
+    options["block"] = block
     expected = dense(dict(named), range(8), scaling=scaling, decay=0.1, reset=at_refresh == "reset", **options)
     before = {name: parameter.detach().clone() for name, parameter in named.items()}
     optimizer = Apollo(named.items(), weight_decay=0.1, scaling=scaling, at_refresh=at_refresh, **options)
@@ -111,6 +115,39 @@ def test_updates_are_those_of_a_dense_reference(scaling: Any, entries: Any, at_r
     for name, parameter in named.items():
         moved = (expected[name] - before[name]).norm()
         assert (parameter - expected[name]).norm() <= 2e-5 * moved, name  # float32 against float64
+
+
+@pytest.mark.parametrize("entries", ["signs", "normal"])
+def test_projections_keep_lengths_with_the_variance_that_is_claimed(entries: Any) -> None:
+    """Channels of a gradient: spread over the rows, or all within one block's part of them."""
+    n, rank, draws = 64, 16, 2000
+    gradient = torch.zeros(n, 65)
+    gradient[:, 0] = 1.0
+    gradient[16:32, 1:] = 1.0
+    weight = nn.Parameter(torch.zeros_like(gradient))
+    weight.grad = gradient
+    found = {}
+    for block in (4, 16):
+        optimizer = Apollo([("w", weight)], rank=rank, block=block, entries=entries)
+        (own,) = optimizer.blocks
+        assert own.rule.blocks == rank // block
+        seen = torch.stack([own._projected([0], period)[0].square().sum(0) for period in range(draws)])
+        found[block] = seen / gradient.square().sum(0)
+    for block, lengths in found.items():
+        one = entries == "signs"  # signs lack the part of each square with itself
+        spread = 2 * (1 - one / n) / rank if block == rank else 2 * (1 - one * 4 / n) / rank
+        within = 2 * (1 - one * 4 / n) / block
+        for column, variance in ((0, spread), (1, within)):
+            values = lengths[:, column]
+            assert float(values.mean()) == pytest.approx(1, abs=4 * math.sqrt(variance / draws))
+            assert float(values.var()) == pytest.approx(variance, rel=0.2)  # its deviation is about 0.04
+
+
+def test_a_projection_has_blocks_of_64_rows_where_they_fit() -> None:
+    named = [("w", nn.Parameter(torch.zeros(1024, 3072))), ("v", nn.Parameter(torch.zeros(1026, 2048)))]
+    for rank, blocks_ in ((256, (4, 2)), (512, (8, 2)), (64, (1, 1)), (127, (1, 1)), (1, (1, 1))):
+        assert tuple(Apollo(named, rank=rank).plan()["blocks"]) == blocks_
+    assert tuple(Apollo(named, rank=256, block=256).plan()["blocks"]) == (1, 1)
 
 
 def test_rank_one_scales_by_tensor_and_keeps_almost_nothing() -> None:
@@ -382,6 +419,7 @@ def test_wrong_options_are_refused(unchecked: None) -> None:
         ({"gamma": 0.5}, "gamma must be at least 1"), ({"alpha": 0.0}, "alpha must be above 0"),
         ({"scaling": "row"}, "unknown scaling 'row'; allowed are channel, tensor"),
         ({"at_refresh": "drop"}, "unknown at_refresh 'drop'"), ({"refresh": 0}, "refresh must be at least 1"),
+        ({"block": 0}, "block must be at least 1"),
         ({"entries": "sparse"}, "unknown entries 'sparse'"),
     ]  # fmt: skip
     for options, message in cases:

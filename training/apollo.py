@@ -11,11 +11,16 @@ being its smaller dimension:
     U <- U min(1, gamma |U before| / |U|)     the norm-growth limiter, gamma = 1.01
     W <- (1 - lr weight_decay) W - lr U
 
+P is block diagonal (`block` rows a block; the paper's is dense): row i of block k sees the k-th part of G's rows alone.
+It is B times cheaper with B blocks, and still |P g|^2 is |g|^2 on average; its variance is that of a dense P for a g
+that is spread evenly over the parts, and B times that for a g in one of them. So a rank below 2 blocks stays dense.
+
 P is never stored: `training.draws` computes it from the seed, the tensor's name and the number of refreshes, the same
-on every device and after every resume. Its entries are random signs over sqrt(r). The paper's are normal (`entries`);
-signs keep lengths more exactly (the variance of |P g|^2 is 2 (|g|^4 - sum g_i^4) / r, for normal ones 2 |g|^4 / r;
-Achlioptas 2003) and take one random bit each. Adam's step for R is torch's own fused kernel. Tensors of one shape step
-together, and the host waits once a step: to know that no gradient is infinite or NaN before anything changes.
+on every device and after every resume. Its entries are random signs over sqrt(r / B). The paper's are normal
+(`entries`); signs keep lengths more exactly (for one block the variance of |P g|^2 is 2 (|g|^4 - sum g_i^4) / r, for
+normal entries 2 |g|^4 / r; Achlioptas 2003) and take one random bit each. Adam's step for R is torch's own fused
+kernel. Tensors of one shape step together, and the host waits once a step: to know that no gradient is infinite or NaN
+before anything changes.
 
 Plain AdamW does the tensors for which a projection is no saving or makes no sense (`rule_of`): vectors, convolutions
 (three dimensions; a GDN layer's has 4 numbers a channel), the projections of the GDN gates, and matrices whose smaller
@@ -55,6 +60,7 @@ class Apollo(torch.optim.Optimizer):
         refresh: steps after which a new projection is drawn.
         at_refresh: "keep" the moments when the projection changes (as in the paper), or "reset" them.
         entries: of the projection: "signs" or "normal", see above.
+        block: rows of each block of the projection; the rank or more: dense.
         seed: of the projections and of stochastic rounding.
 
     State of a tensor: `step` (a number), `first` and `second` (float32 moments [m, r], or as the tensor), and, where
@@ -79,12 +85,13 @@ class Apollo(torch.optim.Optimizer):
         refresh: int = 200,
         at_refresh: Literal["keep", "reset"] = "keep",
         entries: Literal["signs", "normal"] = "signs",
+        block: int = 64,
         seed: int = 0,
     ):
         defaults = {
             "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "rank": rank, "alpha": alpha,
             "scaling": scaling, "gamma": gamma, "refresh": refresh, "at_refresh": at_refresh,
-            "entries": entries, "seed": seed,
+            "entries": entries, "block": block, "seed": seed,
         }  # fmt: skip
         self._blocks: list[Block] | None = None
         super().__init__(named, defaults)
@@ -172,7 +179,7 @@ class Apollo(torch.optim.Optimizer):
             for group in self.param_groups:
                 kinds: dict[Any, Block] = {}
                 for name, parameter in zip(group["param_names"], group["params"], strict=True):
-                    options = {key: group[key] for key in ("rank", "alpha", "scaling")}
+                    options = {key: group[key] for key in ("rank", "alpha", "scaling", "block")}
                     rule = rule_of(name, tuple(parameter.shape), **options)
                     block = kinds.setdefault(
                         (rule, parameter.dtype, parameter.device),
@@ -201,12 +208,13 @@ class Apollo(torch.optim.Optimizer):
         self._blocks = None
 
     def plan(self) -> pd.DataFrame:
-        """One row per tensor: name, shape, rule, rank, alpha, and bytes of state as its formula gives them."""
+        """One row per tensor: name, shape, rule, rank, blocks of P, alpha, and bytes of state as its formula says."""
         return pd.DataFrame(
             [
                 {
                     "name": name, "shape": "x".join(map(str, block.rule.shape)), "rule": block.rule.kind,
-                    "rank": block.rule.rank, "alpha": block.rule.alpha, "state_bytes": block.rule.state_bytes,
+                    "rank": block.rule.rank, "blocks": block.rule.blocks, "alpha": block.rule.alpha,
+                    "state_bytes": block.rule.state_bytes,
                 }
                 for block in self.blocks for name in block.names
             ]
@@ -229,10 +237,10 @@ def _check(group: dict[str, Any]) -> None:
     wrong = {p.dtype for p in group["params"]} - {torch.float32, torch.bfloat16}
     if wrong:
         raise WrongInput(f"Apollo trains float32 and bfloat16 weights, saw {', '.join(sorted(map(str, wrong)))}")
-    for name, least in (("lr", 0), ("eps", 0), ("weight_decay", 0), ("rank", 1), ("refresh", 1)):
+    for name, least in (("lr", 0), ("eps", 0), ("weight_decay", 0), ("rank", 1), ("refresh", 1), ("block", 1)):
         if not least <= group[name] < math.inf:
             raise WrongInput(f"{name} must be at least {least} and finite, saw {group[name]}")
-    for name in ("rank", "refresh"):
+    for name in ("rank", "refresh", "block"):
         if not isinstance(group[name], int):
             raise WrongInput(f"{name} must be a whole number, saw {group[name]}")
     if len(group["betas"]) != 2 or not all(0 <= beta < 1 for beta in group["betas"]):

@@ -30,6 +30,8 @@ class Rule:
     shape: tuple[int, ...]
     rank: int
     alpha: float
+    blocks: int = 1
+    """Of the projection, along its diagonal; 1: it is dense."""
 
     @property
     def n(self) -> int:
@@ -53,12 +55,21 @@ class Rule:
         return 8 * math.prod(self.moments) + 4 * (self.kind != "adam")
 
 
-def rule_of(name: str, shape: tuple[int, ...], *, rank: int, alpha: float | None, scaling: Scaling | None) -> Rule:
-    """The rule for a tensor. `scaling` None: by tensor for rank 1, by channel above; `alpha` None: sqrt(n / r)."""
+def rule_of(
+    name: str, shape: tuple[int, ...], *, rank: int, alpha: float | None, scaling: Scaling | None, block: int
+) -> Rule:
+    """The rule for a tensor. `scaling` None: by tensor for rank 1, by channel above; `alpha` None: sqrt(n / r).
+
+    The projection has as many blocks of `block` rows as fit into the rank, or the largest divisor of that number that
+    cuts r and n into equal parts.
+    """
     if len(shape) != 2 or min(shape) <= rank or any(part in GATES for part in name.split(".")):
         return Rule(kind="adam", shape=shape, rank=0, alpha=1.0)
     kind = scaling or ("tensor" if rank == 1 else "channel")
-    return Rule(kind=kind, shape=shape, rank=rank, alpha=math.sqrt(min(shape) / rank) if alpha is None else alpha)
+    return Rule(
+        kind=kind, shape=shape, rank=rank, alpha=math.sqrt(min(shape) / rank) if alpha is None else alpha,
+        blocks=math.gcd(max(rank // block, 1), rank, min(shape)),
+    )  # fmt: skip
 
 
 @dataclass(kw_only=True, eq=False)
@@ -164,17 +175,22 @@ class Block:
         """R of each tensor, as its moments lie; for plain AdamW the gradients themselves."""
         if self.rule.kind == "adam":
             return torch.stack([self.gradient(i).float() for i in part])
-        rank, device = self.rule.rank, self.parameters[0].device
+        rank, blocks, device = self.rule.rank, self.rule.blocks, self.parameters[0].device
+        columns, size = self.rule.n // blocks, (rank // blocks) ** -0.5
         keys = [key_of(self.group["seed"], f"projection {self.names[i]}", period) for i in part]
         if self.group["entries"] == "signs":
-            room = scratch("signs", (len(part), -(-rank * self.rule.n // 32), 32), device)
-            drawn = signs(keys, rank, self.rule.n, rank**-0.5, device=device, out=room)
+            room = scratch("signs", (len(part), -(-rank * columns // 32), 32), device)
+            drawn = signs(keys, rank, columns, size, device=device, out=room)
         else:
-            drawn = normal(keys, rank, self.rule.n, device=device).mul_(rank**-0.5)
+            drawn = normal(keys, rank, columns, device=device).mul_(size)
         found = scratch("projected", (len(part), *self.rule.moments), device)
-        for i, projection, out in zip(part, drawn, found, strict=True):
+        for i, projection, out in zip(part, drawn.unflatten(1, (blocks, -1)), found, strict=True):
             gradient = self.gradient(i).float()
-            torch.mm(*((projection, gradient) if self.rule.wide else (gradient, projection.T)), out=out)
+            if self.rule.wide:
+                torch.bmm(projection, gradient.unflatten(0, (blocks, -1)), out=out.unflatten(0, (blocks, -1)))
+            else:
+                whole, parts = (x.unflatten(1, (blocks, -1)).transpose(0, 1) for x in (gradient, out))
+                torch.bmm(whole, projection.transpose(1, 2), out=parts)
         return found
 
     def _norms(self, projected: Tensor) -> Tensor:
