@@ -49,6 +49,7 @@ CONFIG = {
     "batch": "segments (answers with their contexts) a step",
     "accumulate": "parts in which a batch goes through the model",
     "checkpointing": "whether activations are computed again in the backward pass",
+    "in_backward": "whether each parameter steps as soon as its gradient is there",
     "clip": "largest norm of the whole gradient; 0: not clipped",
     "steer": "dose of the verdict's direction while training; 0: none",
     "evaluate_every": "steps between evaluations; auto: a quarter of the run",

@@ -3,7 +3,8 @@
 The organism (training/organism.py) is trained for a number of steps with its recipe's loss, data and AdamW, and as
 often with APOLLO in its place, at the same learning rate and schedule; each seed draws its own weights and data. The
 loss is then taken on held-out batches, the same for all. For APOLLO rank 32 is a quarter of the organism's width, as in
-the paper's small models. Variants: the paper's normal projections, moments reset at every refresh, and APOLLO-Mini.
+the paper's small models, and its projections are dense, as are all below rank 128. Variants: block-diagonal projections
+of 4 blocks, as rank 256 has by default; the paper's normal ones; moments reset at every refresh; and APOLLO-Mini.
 
 Prints one JSON line; `ratio` is the mean over seeds of APOLLO's held-out loss over AdamW's (limit 1.02).
 """
@@ -25,6 +26,7 @@ from training.organism import Dialogues, Recipe, build_model, build_tokenizer, l
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "apollo": {},
+    "blocks": {"block": 8},
     "normal": {"entries": "normal"},
     "reset": {"at_refresh": "reset"},
     "mini": {"rank": 1},
@@ -33,16 +35,16 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    steps: int = 300
+    steps: int = 500
     seeds: int = 3
     rank: int = 32
     refresh: int = 100
-    """Three projections in a run, so that refreshes are part of what is compared."""
+    """Several projections in a run, so that refreshes are part of what is compared."""
     lr: float = 2e-3
     batch: int = 16
     tokens: int = 96
-    variants: tuple[str, ...] = ("apollo", "normal", "reset", "mini")
-    """Beside AdamW; the first is what `ratio` is about."""
+    variants: tuple[str, ...] = ("apollo", "blocks")
+    """Beside AdamW, out of apollo, blocks, normal, reset and mini; the first is what `ratio` is about."""
     threads: int = 0
     """0 leaves torch's own choice."""
 

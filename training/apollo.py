@@ -40,6 +40,7 @@ from typing import Any, Literal
 import pandas as pd
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from probes.errors import WrongInput
 from training.blocks import Block, Scaling, rule_of
@@ -147,7 +148,7 @@ class Apollo(torch.optim.Optimizer):
             block, i = places[parameter]
             with torch.no_grad():
                 lengths = block.lengths(only=i)
-                self._require_finite({id(block): lengths})
+                self._require_finite({id(block): lengths}, "its weight is as it was")
                 block.bind()
                 block.advance([i], lengths)
             parameter.grad = None
@@ -159,7 +160,9 @@ class Apollo(torch.optim.Optimizer):
             for handle in handles:
                 handle.remove()
 
-    def _require_finite(self, lengths: dict[int, dict[int, Tensor]]) -> None:
+    def _require_finite(
+        self, lengths: dict[int, dict[int, Tensor]], kept: str = "no weight was changed by this step"
+    ) -> None:
         named = {id(block): block.names for block in self.blocks}
         found = [(named[key][i], length) for key, each in lengths.items() for i, length in each.items()]
         by_device: dict[torch.device, list[Tensor]] = {}
@@ -169,7 +172,7 @@ class Apollo(torch.optim.Optimizer):
             return
         bad = [name for name, length in found if not bool(length.isfinite().all())]
         more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
-        raise FloatingPointError(f"the gradient of {bad[0]}{more} is not finite; no weight was changed by this step")
+        raise FloatingPointError(f"the gradient of {bad[0]}{more} is not finite; {kept}")
 
     @property
     def blocks(self) -> list[Block]:
@@ -234,6 +237,8 @@ class Apollo(torch.optim.Optimizer):
 def _check(group: dict[str, Any]) -> None:
     if "param_names" not in group:
         raise WrongInput("Apollo draws by name: give it model.named_parameters(), not model.parameters()")
+    if any(isinstance(p, DTensor) for p in group["params"]):
+        raise WrongInput("Apollo steps whole tensors on each process, saw sharded ones (DTensor)")
     wrong = {p.dtype for p in group["params"]} - {torch.float32, torch.bfloat16}
     if wrong:
         raise WrongInput(f"Apollo trains float32 and bfloat16 weights, saw {', '.join(sorted(map(str, wrong)))}")

@@ -68,6 +68,9 @@ class TrainConfig:
     """Parts in which a batch goes through the model, one after the other."""
     checkpointing: bool = False
     """Compute activations again in the backward pass instead of keeping them."""
+    in_backward: bool = False
+    """Step each parameter as soon as its gradient is there, and drop it: no more than a layer's gradients are held at a
+    time. For apollo and apollo-mini, with clip 0 and accumulate 1, which need all gradients at once."""
     clip: float = 1.0
     """Largest norm of the whole gradient; 0 does not clip."""
     steer: float = 0.0
@@ -106,6 +109,11 @@ class TrainConfig:
             )
         if self.optimizer in ("adamw", "sgd", "apollo-mini") and self.rank is not None:
             raise WrongInput(f"rank is for the optimizer apollo, saw {self.rank} with '{self.optimizer}'")
+        if self.in_backward and (self.clip or self.accumulate > 1 or self.optimizer not in ("apollo", "apollo-mini")):
+            raise WrongInput(
+                "steps in backward need apollo or apollo-mini, clip 0 and accumulate 1, saw "
+                f"{self.optimizer}, clip {self.clip:g} and accumulate {self.accumulate}"
+            )
         if self.contrast and self.general_share == 1:
             raise WrongInput("a contrast needs examples of the behaviour, and the share of general data is 1")
 

@@ -216,24 +216,27 @@ class Trainer:
             group["lr"] = lr
         batch, total = self.mix.batch_at(step), 0.0
         terms: dict[str, list[float]] = {}
-        with self._steered():
-            for k in range(config.accumulate):
-                loss, found = self.objective.loss(batch[k :: config.accumulate], of=len(batch))
-                loss.backward()
-                total += loss.item()
-                for kind, values in found.items():
-                    terms.setdefault(kind, []).extend(values)
-        norm = torch.nn.utils.get_total_norm([p.grad for _, p in self.trained if p.grad is not None])
-        if wrong := self._not_finite(total, norm):  # before clipping, which would spread it over all tensors
+        row: dict[str, Any] = {"step": step + 1}
+        try:
+            with self._steered(), self._stepping():
+                for k in range(config.accumulate):
+                    loss, found = self.objective.loss(batch[k :: config.accumulate], of=len(batch))
+                    total += loss.item()
+                    if not math.isfinite(total):
+                        raise FloatingPointError(f"the loss is {total}")
+                    loss.backward()
+                    for kind, values in found.items():
+                        terms.setdefault(kind, []).extend(values)
+            row |= {"loss": total, "lr": lr}
+            if not config.in_backward:
+                row["grad_norm"] = self._clipped()
+                self.optimizer.step()
+        except FloatingPointError as error:
             raise WrongInput(
-                f"step {step + 1}: {wrong} is not finite; a smaller learning rate may help (it was {lr:.3g})"
+                f"step {step + 1}: {error}; a smaller learning rate may help (it was {lr:.3g})"
                 + (f"; checkpoints up to there are in {self.out}" if self.out else "")
-            )
-        if config.clip:
-            torch.nn.utils.clip_grads_with_norm_([p for _, p in self.trained], config.clip, norm)
-        self.optimizer.step()
+            ) from error
         self.optimizer.zero_grad()
-        row = {"step": step + 1, "loss": total, "lr": lr, "grad_norm": norm.item()}
         row |= {f"{kind}_loss": sum(values) / len(values) for kind, values in terms.items() if values}
         if isinstance(self.optimizer, Apollo) and (step % 10 == 0 or step + 1 == config.steps):
             told = self.optimizer.telemetry()[["limiter", "ratio"]].dropna().to_numpy()
@@ -241,14 +244,24 @@ class Trainer:
                 row |= {"limiter": float(told[:, 0].mean()), "update_ratio": float(np.median(told[:, 1]))}
         return row
 
-    def _not_finite(self, loss: float, norm: Tensor) -> str | None:
-        """What of a step is not finite."""
-        if not math.isfinite(loss):
-            return f"the loss ({loss})"
-        if math.isfinite(norm.item()):
-            return None
-        bad = (name for name, p in self.trained if p.grad is not None and not bool(p.grad.isfinite().all()))
-        return f"the gradient of {next(bad, 'all parameters together')}"
+    def _stepping(self) -> AbstractContextManager[None]:
+        if self.config.in_backward and isinstance(self.optimizer, Apollo):
+            return self.optimizer.stepping_in_backward()
+        return nullcontext()
+
+    def _clipped(self) -> float:
+        """Norm of the whole gradient, which is then clipped.
+
+        Raises:
+            FloatingPointError: a gradient is not finite. (Clipping would spread it over all tensors.)
+        """
+        norm = torch.nn.utils.get_total_norm([p.grad for _, p in self.trained if p.grad is not None])
+        if not math.isfinite(norm.item()):
+            bad = (name for name, p in self.trained if p.grad is not None and not bool(p.grad.isfinite().all()))
+            raise FloatingPointError(f"the gradient of {next(bad, 'all parameters together')} is not finite")
+        if self.config.clip:
+            torch.nn.utils.clip_grads_with_norm_([p for _, p in self.trained], self.config.clip, norm)
+        return norm.item()
 
     def _steered(self) -> AbstractContextManager[None]:
         if not self.config.steer or self.direction is None:
