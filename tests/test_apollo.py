@@ -7,11 +7,14 @@ import io
 import math
 from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from probes.errors import WrongInput
 from training import blocks
@@ -406,12 +409,19 @@ def test_bfloat16_weights_keep_small_updates() -> None:
     assert displacement(torch.bfloat16, nearest=True) < 0.5 * whole
 
 
-def test_wrong_options_are_refused(unchecked: None) -> None:
+def test_wrong_options_are_refused(unchecked: None, tmp_path: Path) -> None:
     named = list(parameters().items())
     with pytest.raises(WrongInput, match="named_parameters"):
         Apollo([p for _, p in named])
     with pytest.raises(WrongInput, match=r"float32 and bfloat16 weights, saw torch\.float64"):
         Apollo([("w", nn.Parameter(torch.zeros(2, 2, dtype=torch.float64)))])
+    distributed.init_process_group("gloo", rank=0, world_size=1, init_method=f"file://{tmp_path}/store")
+    try:
+        sharded = distribute_tensor(torch.zeros(2, 2), init_device_mesh("cpu", (1,)), [Shard(0)])
+        with pytest.raises(WrongInput, match="whole tensors on each process, saw sharded ones"):
+            Apollo([("w", nn.Parameter(sharded))])
+    finally:
+        distributed.destroy_process_group()
     cases: list[tuple[dict[str, Any], str]] = [
         ({"lr": -1.0}, "lr must be at least 0"), ({"lr": math.nan}, "lr must be at least 0"),
         ({"rank": 0}, "rank must be at least 1"), ({"betas": (0.9, 1.0)}, r"betas must be two numbers in \[0, 1\)"),
