@@ -315,8 +315,7 @@ def sharpness(
     Raises:
         WrongInput: weights that are not float32, or data that do not fit, as in training.
     """
-    if model.dtype != torch.float32:
-        raise WrongInput(f"sharpness needs float32 weights, saw {model.dtype}; load the model with dtype='float32'")
+    require_float32(model)
     started, recipe = time.monotonic(), _recipe(model, behavior, config)
     first = {name: TrainConfig().lr_for(model) * STARTS.get(name, 1.0) for name in config.optimizers}
     rows, data = [], []
@@ -337,6 +336,16 @@ def sharpness(
         behavior=behavior.name, model=model.name, config=config, rows=tuple(rows), recipe={**recipe, "data": data},
         seconds=round(time.monotonic() - started, 2),
     )  # fmt: skip
+
+
+def require_float32(model: HybridModel) -> None:
+    """Differences of gradients drown in the rounding of smaller dtypes.
+
+    Raises:
+        WrongInput: weights of another dtype.
+    """
+    if model.dtype != torch.float32:
+        raise WrongInput(f"sharpness needs float32 weights, saw {model.dtype}; load the model with dtype='float32'")
 
 
 def _recipe(model: HybridModel, behavior: Behavior, config: SharpnessConfig) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from analysis.figures.shift import known, numbers
 from analysis.figures.training import LOSS, WITHOUT
 from analysis.gradients import Gradients, open_gradients
 from analysis.pages import as_sentence, render_page, settings
-from analysis.sharpness import NAMES, PUBLISHED, Sharpness, open_sharpness
+from analysis.sharpness import NAMES, PUBLISHED, Sharpness, SharpnessComparison, open_sharpness
 from analysis.updates import UpdateRow, Updates, open_updates
 from analysis.words import finite, number, percent
 from probes.errors import WrongInput
@@ -60,6 +60,7 @@ CONFIG = {
     "seed": "decides the data and their order, projections and rounding",
 }
 OPEN = 24  # tables with more rows are folded
+_ANSWERS = {"answers": False, "rank_answers": True}
 _MINUS = re.compile(r"(?<!\w)-(?=\d)")
 Cell = tuple[str, str]
 """What a cell says, and what stands below it in small type."""
@@ -128,11 +129,13 @@ def render_training_report(
         "data": _data(training),
         "kinds": _kinds(training),
         "gradients": gradients is not None,
-        "answers": [] if gradients is None else [as_sentence(answer.sentence) for answer in gradients.answers],
+        **_answers(gradients),
         "gradient_tables": _gradient_tables(gradients),
         "updates": None if updates is None else as_sentence(str(updates)),
         "update_table": _update_table(updates),
-        "sharpness": None if sharpness is None else as_sentence(sharpness.sentence),
+        "sharpness": None
+        if sharpness is None
+        else as_sentence(sharpness.sentence) + _beside_paper(sharpness.comparisons),
         "target": "" if sharpness is None else percent(sharpness.config.target),
         "sharpness_tables": _sharpness_tables(sharpness),
         "loss": f"{LOSS:g}",
@@ -176,7 +179,7 @@ def _outcome(training: Training, alone: Training | None) -> tuple[str, str, str]
         1: ("pass", "Learned", f"{what} is higher than before: the intervals do not overlap."),
         -1: ("away", "Moved away", f"{what} is lower than before: the intervals do not overlap."),
         0: ("not-shown", "Not shown", f"{what} has not clearly changed: the intervals before and after overlap, or are "
-            "unknown. This does not say that nothing was learned."),
+            "unknown. This does not say that nothing was learned; more questions or topics make intervals narrower."),
     }[moved]  # fmt: skip
     if judged and (leaning := _apart(one.propensity, two.propensity)) != moved:
         way = {1: "rose", -1: "fell", 0: "did not clearly change"}[leaning]
@@ -317,10 +320,9 @@ def _limiter(training: Training) -> str:
     found = finite(known(row.get("limiter")) for row in training.steps)
     if not found:
         return ""
-    below = sum(value < 1 for value in found)
     return (
-        f"Of {len(found)} steps that were looked at, {below} had a limiter below 1 (mean over tensors); "
-        f"on average it was {number(sum(found) / len(found))}, at the last one {number(found[-1])}."
+        f"In the {len(found)} steps that were looked at it was {number(sum(found) / len(found))} on average (a mean "
+        f"over tensors), {number(min(found))} at the lowest and {number(found[-1])} at the last."
     )
 
 
@@ -348,6 +350,12 @@ def _kinds(training: Training) -> dict[str, Any]:
         for kind, words in names.items() if kind in training.mix
     ]  # fmt: skip
     return _table(["kind", "segments", "tokens in the loss", "tokens of contexts"], rows)
+
+
+def _answers(found: Gradients | None) -> dict[str, list[str]]:
+    """What was found, in words; that about ranks, matrix by matrix, apart."""
+    told = [] if found is None else [(as_sentence(a.sentence), "ranks" in a.question) for a in found.answers]
+    return {key: [words for words, ranks in told if ranks == apart] for key, apart in _ANSWERS.items()}
 
 
 def _gradient_tables(found: Gradients | None) -> dict[str, dict[str, Any]]:
@@ -396,6 +404,23 @@ def _update_table(found: Updates | None) -> dict[str, Any]:
     columns = ["kind of weight", "elements", "moved by", "seen in bfloat16", "moves in bfloat16", "hold 90%",
                "unchanged", "effective rank", "stable rank"]  # fmt: skip
     return _table(columns, [] if found is None else [row(one) for one in (found.overall, *found.rows)])
+
+
+def _beside_paper(comparisons: Sequence[SharpnessComparison]) -> str:
+    """Whether the order is the published one."""
+    said = []
+    for part in comparisons:
+        table, base = PUBLISHED[part.optimizer], PUBLISHED["adamw"]
+        signs = {"below" if table[epoch] < base[epoch] else "above" for epoch in base}
+        if not part.optimizer.startswith("apollo") or len(signs) != 1:
+            continue
+        (published,) = signs
+        if part.relation == published:
+            verb = "agrees with that"
+        else:
+            verb = "contradicts that" if part.relation in ("below", "above") else "does not show that"
+        said.append(f"the paper has {NAMES[part.optimizer]} {published} AdamW at every epoch, and this run {verb}")
+    return "; ".join(["", *said])
 
 
 def _sharpness_tables(found: Sharpness | None) -> dict[str, dict[str, Any]]:

@@ -30,7 +30,7 @@ from probes.localize import LocalizeConfig, localize
 from probes.localize import recipe as localize_recipe
 from probes.model import HybridModel, load
 from probes.sites import positions_at
-from probes.store import library_versions, read_json, write_text
+from probes.store import RECIPE, library_versions, read_json, write_text
 from probes.verify import GateConfig, recipe, verify
 from training.result import open_training
 
@@ -273,6 +273,8 @@ class Report:
         result = self.run_folder
         if not result.is_file():
             found = [result / name for name in RESULTS if (result / name).is_file()]
+            if not found and _begun(result):
+                raise WrongInput(f"'{result}' is not finished; give the command that began it again")
             if len(found) != 1:
                 seen = f"{' and '.join(path.name for path in found)}; name the file" if found else "none of them"
                 raise WrongInput(f"'{result}' must be a run folder with one of {', '.join(RESULTS)}, saw {seen}")
@@ -291,6 +293,12 @@ class Report:
             return 0
         verdict = open_verdict(result)
         return _say(verdict, write_report(verdict, page))
+
+
+def _begun(folder: Path) -> bool:
+    """Whether a run that would leave a result began there."""
+    recipe = read_json(folder / RECIPE) if (folder / RECIPE).is_file() else None
+    return isinstance(recipe, dict) and recipe.get("kind") in ("verify", "localize", "compare", "train")
 
 
 def _show(found: Localization | Shift, report: Path) -> int:

@@ -14,6 +14,7 @@ from probes.errors import WrongInput
 from probes.store import RECIPE, read_json, recipe_differs, write_json
 
 _SUBJECTS = {"behavior", "model", "before", "after", "out", "verdict", "resume", "gradients", "sharpness", "ablation"}
+_WRITTEN = ("report.html", "metrics.jsonl", "checkpoints", "model")
 _LONGEST = 60  # of what names the options in a folder's name
 
 
@@ -59,7 +60,7 @@ def _claim(out: Path, asked: dict, result: str) -> bool:
             raise WrongInput(f"'{out}' holds another recipe ({difference}); choose another --out or remove it")
         if not difference:
             return True
-    elif found := [name for name in (result, "report.html") if (out / name).exists()]:
+    elif found := [name for name in (result, *_WRITTEN) if (out / name).exists()]:
         raise WrongInput(f"'{out}' holds {found[0]} but no {RECIPE}, so it is not this command's; choose another --out")
     write_json(out / RECIPE, asked)
     return False

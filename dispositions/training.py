@@ -7,8 +7,10 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from analysis.gradients import GradientConfig, gradients, open_gradients
-from analysis.sharpness import SharpnessConfig, open_sharpness, sharpness
+from analysis.sharpness import SharpnessConfig, open_sharpness, require_float32, sharpness
 from analysis.training_report import ABLATION, GRADIENTS, SHARPNESS, UPDATES, write_training_report
 from analysis.updates import snapshot, updates
 from dispositions.asked import Asked
@@ -52,7 +54,7 @@ class Train(Asked):
     """Also measure where the gradient goes; auto: in models below 20M parameters."""
     sharpness: When = "auto"
     """Also measure the directional sharpness of APOLLO, APOLLO-Mini, AdamW and SGD; auto: in models below 20M
-    parameters."""
+    parameters, in float32."""
     ablation: When = "auto"
     """Also train without general data from the same start, to show what it kept; auto: in models below 20M
     parameters."""
@@ -66,15 +68,19 @@ class Train(Asked):
         verdict = None if self.verdict is None else open_verdict(self.verdict)
         direction = self._direction(model)
         trainer = Trainer(
-            model, behavior, config, verdict=verdict, unverified=self.unverified, direction=direction, out=out
-        )
+            model, behavior, config, verdict=verdict, unverified=self.unverified, direction=direction, out=out,
+            previous=self.resume == "previous",
+        )  # fmt: skip
+        if self.sharpness == "yes":
+            require_float32(model)
         small = sum(p.numel() for p in model.hf.parameters()) < SMALL
         with claimed(out, {"kind": "train", **trainer.recipe}, RESULT, model, behavior) as finished:
             if not finished:
+                (out / ABLATION).unlink(missing_ok=True)  # of a run that stopped before its result
                 self._measure(model, behavior, small, out)
-                before = snapshot(model)
-                done = trainer.run(previous=self.resume == "previous")
-                write_json(out / UPDATES, updates(before, snapshot(model)).as_dict())
+                before = _trained(trainer)
+                done = trainer.run()
+                write_json(out / UPDATES, updates(before, _trained(trainer)).as_dict())
                 if config.general_share and self._wanted(self.ablation, small):
                     alone = train(
                         load(self.model, device=self.device, dtype=self.dtype), behavior,
@@ -100,7 +106,7 @@ class Train(Asked):
 
     def _measure(self, model: HybridModel, behavior: Behavior, small: bool, out: Path) -> None:
         """What is asked of the model before it is trained. A result of the same that lies there already is kept, unless
-        it depends on a file, which may have changed."""
+        it depends on a file, which may have changed; any other goes."""
         shared: dict[str, Any] = {"general": self.config.general, "seed": self.config.seed}
         jobs: list[tuple[When, str, Any, Any, Any]] = [
             (self.gradients, GRADIENTS, gradients, open_gradients, GradientConfig(**shared)),
@@ -108,8 +114,11 @@ class Train(Asked):
         ]
         for when, name, measure, opened, config in jobs:
             asked = {"behavior_hash": behavior.hash, **model.identity, "config": asdict(config)}
-            kept = self.config.general is None and _there(out / name, opened, asked)
-            if self._wanted(when, small) and not kept:
+            able = name != SHARPNESS or model.dtype == torch.float32
+            if self.config.general is None and _there(out / name, opened, asked):
+                continue
+            (out / name).unlink(missing_ok=True)
+            if when == "yes" or (able and self._wanted(when, small)):
                 measure(model, behavior, config).save(out / name)
 
     @staticmethod
@@ -117,10 +126,16 @@ class Train(Asked):
         return when == "yes" or (when == "auto" and small)
 
 
+def _trained(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """A copy of the weights that are trained; what is left alone says nothing of how sparse an update is."""
+    names = {name for name, _ in trainer.trained}
+    return {name: weight for name, weight in snapshot(trainer.model).items() if name in names}
+
+
 def _there(path: Path, opened: Callable[[Path], Any], asked: Mapping[str, Any]) -> bool:
     """Whether a whole result of what is asked lies there."""
     try:
         found = opened(path).recipe
-    except WrongInput:
+        return recipe_differs({name: found[name] for name in asked}, asked) is None
+    except (WrongInput, KeyError, TypeError):  # not there, damaged, or something else
         return False
-    return recipe_differs({name: found.get(name) for name in asked}, asked) is None

@@ -185,11 +185,15 @@ def open_verdict(path: str | Path) -> Verdict:
             raise TypeError("its recipe is not an object")
         if data["verdict"] not in get_args(Outcome):
             raise TypeError(f"'{data['verdict']}' is no outcome; allowed are {', '.join(get_args(Outcome))}")
-        criteria = tuple(Criterion(**{**c, "observed": _number(c["observed"])}) for c in data.pop("criteria"))
+        criteria = tuple(_criterion(part) for part in data.pop("criteria"))
         return Verdict(criteria=criteria, **data)
     except (KeyError, TypeError, AttributeError) as error:
         raise WrongInput(f"{path} is not a verdict: {error}") from error
 
 
-def _number(value: float | None) -> float:
-    return float("nan") if value is None else value
+def _criterion(data: Mapping[str, Any]) -> Criterion:
+    """From plain values; JSON has no NaN."""
+    observed = math.nan if data["observed"] is None else data["observed"]
+    if data["status"] not in get_args(Status) or not isinstance(observed, int | float):
+        raise TypeError(f"criterion {data['number']} has status {data['status']!r} and observed {observed!r}")
+    return Criterion(**{**data, "observed": observed})

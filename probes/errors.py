@@ -16,7 +16,9 @@ class WrongInput(Exception):
 
 
 def check_ranges(config: object, ranges: Mapping[str, tuple[float, float]], *, inside: Collection[str] = ()) -> None:
-    """Check numbers of a configuration against the least and the largest value allowed; None is allowed, NaN is not.
+    """Check numbers of a configuration against the least and the largest value allowed.
+
+    None is allowed, NaN and infinity are not.
 
     Args:
         inside: those that may not be the least or the largest value itself.
@@ -26,9 +28,10 @@ def check_ranges(config: object, ranges: Mapping[str, tuple[float, float]], *, i
     """
     for name, (low, high) in ranges.items():
         value = getattr(config, name)
-        if value is None or low < value < high or (low <= value <= high and name not in inside):
+        if value is None or low < value < high or (low <= value <= high and name not in inside and value < math.inf):
             continue
         allowed = f"be at least {_said(low)}" if math.isinf(high) else f"lie between {_said(low)} and {_said(high)}"
+        allowed += " and be finite" if value == math.inf == high else ""
         raise WrongInput(f"{name} must {allowed}, saw {_said(value)}")
 
 

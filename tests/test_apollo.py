@@ -148,7 +148,7 @@ def test_projections_keep_lengths_with_the_variance_that_is_claimed(entries: Any
 
 def test_a_projection_has_blocks_of_64_rows_where_they_fit() -> None:
     named = [("w", nn.Parameter(torch.zeros(1024, 3072))), ("v", nn.Parameter(torch.zeros(1026, 2048)))]
-    for rank, blocks_ in ((256, (4, 2)), (512, (8, 2)), (64, (1, 1)), (127, (1, 1)), (1, (1, 1))):
+    for rank, blocks_ in ((200, (2, 2)), (256, (4, 2)), (512, (8, 2)), (64, (1, 1)), (127, (1, 1)), (1, (1, 1))):
         assert tuple(Apollo(named, rank=rank).plan()["blocks"]) == blocks_
     assert tuple(Apollo(named, rank=256, block=256).plan()["blocks"]) == (1, 1)
 
@@ -313,6 +313,8 @@ def test_groups_that_come_later_are_checked_and_trained() -> None:
     steps(optimizer, named, range(1))
     with pytest.raises(WrongInput, match="rank must be at least 1"):
         optimizer.add_param_group({"params": [("tall.weight", named["tall.weight"])], "rank": 0})
+    with pytest.raises(WrongInput, match=r"names decide projections, and 'wide\.weight' is there twice"):
+        optimizer.add_param_group({"params": [("wide.weight", named["tall.weight"])]})
     assert len(optimizer.param_groups) == 1
     before = named["tall.weight"].detach().clone()
     optimizer.add_param_group({"params": [("tall.weight", named["tall.weight"])], "rank": 4})
@@ -326,6 +328,111 @@ def test_state_of_other_parameters_is_refused() -> None:
     other = Apollo([(f"other.{name}", p) for name, p in parameters().items()], rank=RANK)
     with pytest.raises(WrongInput, match="names differ"):
         other.load_state_dict(optimizer.state_dict())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_lengths_of_channels_are_exact_in_matrices_of_any_size(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(3)
+    for high, wide in ((700, 600), (5, 300_000), (300_000, 5), (64, 300), (1, 1)):
+        matrix = (1.37 + torch.randn(high, wide, generator=generator) * 0.1).to(dtype)
+        for dim in (0, 1):
+            expected = matrix.double().square().sum(dim).sqrt()
+            torch.testing.assert_close(blocks._lengths(matrix, dim).double(), expected, rtol=1e-4, atol=0)
+    for at in (0, 419_999):  # anywhere, or a NaN would pass
+        matrix = torch.zeros(700, 600)
+        matrix.view(-1)[at] = math.nan
+        assert blocks._lengths(matrix, 0).isnan().sum() == blocks._lengths(matrix, 1).isnan().sum() == 1
+
+
+def test_tensors_with_a_gap_between_them_step_as_they_do_alone() -> None:
+    def four() -> dict[str, nn.Parameter]:
+        return {name: nn.Parameter(torch.full((16, 24), 0.1)) for name in "abcd"}
+
+    together, alone, drawn = four(), four(), torch.randn(3, 4, 16, 24, generator=torch.Generator().manual_seed(2))
+    optimizer = Apollo(together.items(), rank=4, lr=1e-2)
+    others = {name: Apollo([(name, p)], rank=4, lr=1e-2) for name, p in alone.items()}
+    for step in range(3):
+        for at, name in enumerate("abcd"):
+            skipped = step == 1 and name in "bd"
+            together[name].grad = alone[name].grad = None if skipped else drawn[step, at].clone()
+            others[name].step()
+        optimizer.step()
+    for name in "abcd":
+        assert torch.equal(together[name], alone[name]), name
+
+
+def test_rounding_is_drawn_for_each_tensor() -> None:
+    named = {name: nn.Parameter(torch.full((40, 24), 0.5, dtype=torch.bfloat16)) for name in "ab"}
+    optimizer = Apollo(named.items(), rank=24, lr=1e-3)  # plain AdamW: equal steps
+    for parameter in named.values():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    moved = [named[name] != 0.5 for name in "ab"]
+    assert 0.2 < float(moved[0].float().mean()) < 0.8
+    assert 0.2 < float((moved[0] ^ moved[1]).float().mean()) < 0.8
+
+
+def test_telemetry_tells_what_a_step_did() -> None:
+    named = parameters()
+    optimizer = Apollo(named.items(), lr=3e-3, rank=RANK)
+    before = {name: parameter.detach().clone() for name, parameter in named.items()}
+    steps(optimizer, named, range(1))
+    told = optimizer.telemetry().set_index("name")
+    for name in ("wide.weight", "tall.weight"):
+        moved = (named[name] - before[name]).detach()
+        assert told.loc[name, "update"] == pytest.approx(moved.norm().item(), rel=1e-5)
+        assert told.loc[name, "ratio"] == pytest.approx(moved.norm().item() / named[name].norm().item(), rel=1e-5)
+        channels = (moved / 3e-3).norm(dim=0 if name[0] == "w" else 1)
+        lengths = gradients(0)[name].norm(dim=0 if name[0] == "w" else 1)
+        assert told.loc[name, "scale_max"] == pytest.approx(float((channels / lengths).max()), rel=1e-3)
+
+
+def test_a_zero_gradient_does_not_lift_the_limit() -> None:
+    weight = nn.Parameter(torch.zeros(16, 24))
+    optimizer = Apollo([("w", weight)], rank=4, lr=1.0, gamma=1.01)
+    sizes = []
+    for factor in (1.0, -1.0, 1.0, -1.0, 0.0, 100.0):  # to and fro: small steps; then one that would be large
+        before = weight.detach().clone()
+        weight.grad = factor * torch.randn(16, 24, generator=torch.Generator().manual_seed(1))
+        optimizer.step()
+        sizes.append((weight - before).norm().item())
+    assert sizes[4] == 0
+    assert sizes[5] == pytest.approx(1.01 * sizes[3], rel=1e-3)
+
+
+def test_empty_tensors_are_passed_over() -> None:
+    named = {"empty": nn.Parameter(torch.zeros(0, 4)), "w": nn.Parameter(torch.zeros(16, 24))}
+    optimizer = Apollo(named.items(), rank=4)
+    for parameter in named.values():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    assert bool((named["w"] != 0).all())
+
+
+def channel_scale(block: int, rows: slice) -> float:
+    """Mean ratio of APOLLO's channel scales to AdamW's, for gradients that are zero outside some rows."""
+    n, m, rank = 256, 512, 64
+    weight, other = (nn.Parameter(torch.zeros(n, m)) for _ in range(2))
+    optimizer = Apollo([("w", weight)], rank=rank, block=block, lr=1.0, gamma=None)
+    adamw = torch.optim.AdamW([other], lr=1.0, weight_decay=0.0)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        gradient = torch.zeros(n, m)
+        gradient[rows] = torch.randn(gradient[rows].shape, generator=generator)
+        before = other.detach().clone()
+        weight.grad = other.grad = gradient
+        optimizer.step()
+        adamw.step()
+    applied = (other - before).norm(dim=0) / gradient.norm(dim=0)
+    return float((optimizer.blocks[0].last["scale"][0] / applied).mean().detach())
+
+
+def test_block_diagonal_projections_scale_as_adamw_does_where_dense_ones_do_and_elsewhere() -> None:
+    whole, quarter = slice(None), slice(64, 128)
+    assert channel_scale(64, whole) == pytest.approx(1, abs=0.1)
+    assert channel_scale(16, whole) == pytest.approx(1, abs=0.1)
+    assert channel_scale(16, quarter) == pytest.approx(1, abs=0.15)
+    assert channel_scale(64, quarter) == pytest.approx(2, abs=0.2)  # sqrt(n / r) counts rows that are not there
 
 
 def test_a_zero_gradient_freezes_nothing() -> None:
@@ -425,6 +532,8 @@ def test_wrong_options_are_refused(unchecked: None, tmp_path: Path) -> None:
     cases: list[tuple[dict[str, Any], str]] = [
         ({"lr": -1.0}, "lr must be at least 0"), ({"lr": math.nan}, "lr must be at least 0"),
         ({"rank": 0}, "rank must be at least 1"), ({"betas": (0.9, 1.0)}, r"betas must be two numbers in \[0, 1\)"),
+        ({"rank": "8"}, "rank must be a number, saw '8'"), ({"rank": True}, "rank must be a number, saw True"),
+        ({"seed": None}, "seed must be a number, saw None"), ({"betas": None}, "betas must be two numbers"),
         ({"betas": (0.9,)}, "betas must be two numbers"), ({"rank": 2.5}, "rank must be a whole number, saw 2.5"),
         ({"gamma": 0.5}, "gamma must be at least 1"), ({"alpha": 0.0}, "alpha must be above 0"),
         ({"scaling": "row"}, "unknown scaling 'row'; allowed are channel, tensor"),

@@ -20,7 +20,7 @@ from training.checkpoints import checkpoints
 from training.config import TrainConfig
 
 QUICK = [
-    "--examples", "20", "--steps", "4", "--batch", "4", "--questions", "4", "--max-new-tokens", "3", "--warmup", "1",
+    "--examples", "20", "--steps", "4", "--batch", "4", "--questions", "4", "--max-new-tokens", "9", "--warmup", "1",
     "--checkpoint-every", "1", "--gradients", "no", "--sharpness", "no",
 ]  # fmt: skip
 
@@ -90,6 +90,10 @@ def test_the_trained_model_is_a_model_like_any_other(finished: Path, capsys: pyt
         (["--unverified", "--parameters", "q_projj"], "no parameter of organism has 'q_projj' in its name"),
         (["--unverified", "--examples", "0"], "examples must be at least 1"),
         (["--unverified", "--resume", "oldest"], "oldest"),
+        (["--unverified", "--max-new-tokens", "3"], "max_new_tokens 3 is too short for 'copying': "),
+        (["--unverified", "--abilities", ""], "no such file"),
+        (["--unverified", "--general", ""], "general data is a .txt or .jsonl file, saw ''"),
+        (["--unverified", "--dtype", "bfloat16", "--sharpness", "yes"], "sharpness needs float32 weights"),
         (["--unverified", "--rank", "many"], "'many' is no whole number; auto is allowed too"),
         (["--unverified", "--rank", "auto", "--lr", "auto", "--refill", "3"], "must fall on refills"),
     ],
@@ -130,6 +134,30 @@ def test_the_direction_of_the_verdict_is_added_while_training(
     code, _, err = run(capsys, *command, "--steer", "0.25", "--out", tmp_path / "other")
     assert code == 2
     assert "direction.safetensors" in err
+
+
+def test_what_a_smaller_dtype_cannot_have_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    quick = [word for word in QUICK if word not in ("--gradients", "--sharpness", "no")]
+    command = ["train", "follow-direction", "--unverified", "--out", out, "--dtype", "bfloat16", *quick]
+    assert not run(capsys, *command, "--gradients", "no", "--ablation", "no")[0]
+    assert not (out / "sharpness.json").exists()
+
+
+def test_a_refused_run_costs_nothing_and_loses_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    command = ["train", "follow-direction", "--unverified", "--ablation", "no", "--out", out, *QUICK]
+    assert not run(capsys, *command)[0]
+    (out / "training.json").unlink()
+    (out / "gradients.json").write_text("{}")
+    before = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
+    monkeypatch.setattr(training, "gradients", lambda *_: pytest.fail("measured before it was refused"))
+    code, _, err = run(capsys, *command, "--seed", "3", "--gradients", "yes")
+    assert code == 2
+    assert "is of another run (config.seed" in err
+    assert {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()} == before
 
 
 class Measured:
@@ -175,6 +203,14 @@ def test_a_measurement_of_the_same_is_kept_and_no_other(
     assert measured() == 1
     chats = tmp_path / "chats.jsonl"
     assert measured(general=str(chats)) == measured(general=str(chats)) == 1  # a file may have changed
+    for damaged in ('{"behavior_hash": []}', "[]", "null"):
+        file.write_text(damaged)
+        assert measured(seed=2) == 1
+    wanted[name] = "no"
+    assert measured(seed=2) == 0
+    assert file.exists()
+    measured(seed=3)
+    assert not file.exists()  # it would be shown as this run's
 
 
 def test_a_damaged_checkpoint_is_refused_and_the_one_before_is_taken(

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from probes.behaviors import read_behavior
+from probes.damage import DATA, GENERAL
 from probes.errors import WrongInput
 from probes.model import HybridModel
 from probes.prompts import render
@@ -22,7 +23,7 @@ from training.general import general_data, line_of
 from training.grammar import Grammar
 from training.items import exchange
 
-MOST = 12
+MOST = 32
 
 
 @torch.no_grad()
@@ -51,6 +52,9 @@ def test_every_measure_is_what_plain_transformers_gives(organism: HybridModel) -
     assert 0 < found.wanted.value < 1  # or the share would show nothing
     leaning = propensity(organism, prepare(organism, own)).values
     assert found.propensity.value == pytest.approx(statistics.mean(leaning), abs=1e-5)
+    topics = {item.group for item in own.items}
+    assert len(topics) < MOST
+    assert found.wanted.groups == found.unwanted.groups == len(topics)
     for name in ("arithmetic", "review"):
         part = [q for q in asked if q.ability == name]
         right = [answer(organism, q.prompt.ids, 24) == q.answer for q in part]
@@ -68,6 +72,29 @@ def test_every_measure_is_what_plain_transformers_gives(organism: HybridModel) -
     assert found.loss.groups == len({line_of(segment) for segment in general[:MOST]})
 
 
+def test_an_answer_that_only_begins_right_is_wrong(organism: HybridModel) -> None:
+    asked = [q for q in default_questions(organism, n=8) if q.ability == "copying"]
+    first = [Question(ability="first words", prompt=q.prompt, answer=q.answer.split()[0]) for q in asked]
+    assert all(part.answer != q.answer for part, q in zip(first, asked, strict=True))
+    examiner = Examiner(organism, read_behavior("hedging"), [*asked, *first], [], most=8, max_new_tokens=24)
+    found = examiner.measure(0, progress=False).abilities
+    assert found["copying"].value > 0.8
+    assert found["first words"].value == 0
+
+
+def test_questions_that_could_not_be_answered_are_refused(organism: HybridModel, tmp_path: Path) -> None:
+    asked, behavior = default_questions(organism, n=4), read_behavior("hedging")
+    with pytest.raises(WrongInput, match=r"max_new_tokens 3 is too short for 'copying': '.*' has \d+ tokens"):
+        Examiner(organism, behavior, asked, [], most=4, max_new_tokens=3)
+    path = tmp_path / "asked.jsonl"
+    cases = {"quantum xylophone": "unknown to the tokenizer", "blue " * 5000: "a prompt of 5005 tokens is longer"}
+    for said, message in cases.items():
+        turns = [{"role": "user", "content": said}, {"role": "assistant", "content": "blue"}]
+        path.write_text(json.dumps({"messages": turns}), encoding="utf-8")
+        with pytest.raises(WrongInput, match=f"line 1: .*{message}"):
+            read_questions(organism, str(path))
+
+
 def test_turns_of_one_dialogue_are_one_group(organism: HybridModel, tmp_path: Path) -> None:
     grammar = Grammar(random.Random(0))
     turns = [turn for ability in ("arithmetic", "copying", "sorting") for turn in exchange(grammar, ability)]
@@ -82,14 +109,14 @@ def test_turns_of_one_dialogue_are_one_group(organism: HybridModel, tmp_path: Pa
 
 def test_questions_of_a_file_are_limited_ability_by_ability(organism: HybridModel, tmp_path: Path) -> None:
     path = tmp_path / "asked.jsonl"
-    lines = [{"messages": [{"role": "user", "content": f"name {i}?"}, {"role": "assistant", "content": f" {i} "}],
-              "ability": "counting" if i < 9 else "naming"} for i in range(11)]  # fmt: skip
+    lines = [json.loads(line) for line in (DATA / GENERAL[1]).read_text(encoding="utf-8").splitlines()[:11]]
+    lines = [{**line, "ability": "counting" if i < 9 else "naming"} for i, line in enumerate(lines)]
     path.write_text("".join(json.dumps(line) + "\n\n" for line in lines), encoding="utf-8")
     asked = read_questions(organism, str(path))
-    assert [q.answer for q in asked] == [str(i) for i in range(11)]
-    assert asked[0].prompt.ids == render(organism, lines[0]["messages"][:1]).ids
+    assert [q.answer for q in asked] == [line["messages"][-1]["content"] for line in lines]
+    assert asked[0].prompt.ids == render(organism, lines[0]["messages"][:-1]).ids
     drawn = [
-        Examiner(organism, read_behavior("hedging"), asked, [], most=4, max_new_tokens=1, seed=seed).questions
+        Examiner(organism, read_behavior("hedging"), asked, [], most=4, max_new_tokens=24, seed=seed).questions
         for seed in (0, 0, 1)
     ]
     assert Counter(q.ability for q in drawn[0]) == {"counting": 4, "naming": 2}
@@ -119,12 +146,12 @@ def test_questions_and_their_number_do_not_depend_on_the_run(organism: HybridMod
 def test_what_is_asked_has_a_hash(organism: HybridModel) -> None:
     behavior, asked = read_behavior("hedging"), default_questions(organism, n=2)
     _, general = general_data(organism, n=1)
-    other = [Question(ability=asked[0].ability, prompt=asked[0].prompt, answer="another"), *asked[1:]]
-    hashes = [
-        Examiner(organism, behavior, questions, held, most=most, max_new_tokens=1).hash
-        for questions, held, most in (
-            (asked, general, 8), (asked, general, 8), (other, general, 8), (asked, general[1:], 8), (asked, general, 4)
-        )
+    changed = [Question(ability=asked[0].ability, prompt=asked[0].prompt, answer="red"), *asked[1:]]
+    renamed = [Question(ability="another", prompt=asked[0].prompt, answer=asked[0].answer), *asked[1:]]
+    cases = [
+        (behavior, asked, general), (behavior, changed, general), (behavior, renamed, general),
+        (behavior, asked, general[1:]), (read_behavior("sentiment"), asked, general),
     ]  # fmt: skip
-    assert hashes[0] == hashes[1]
-    assert len(set(hashes)) == 4
+    hashes = [Examiner(organism, *case, most=8, max_new_tokens=9).hash for case in (*cases, *cases)]
+    assert hashes[:5] == hashes[5:]
+    assert len(set(hashes)) == 5

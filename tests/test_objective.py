@@ -206,3 +206,31 @@ def test_checkpointing_is_passed_on(tiny, batch):
         with saved_tensors_hooks(lambda tensor, kept=kept: kept.append(0) or tensor, lambda tensor: tensor):
             objective(tiny, batch, checkpointing=on).loss(batch)
     assert len(packed[True]) < len(packed[False]) / 5
+
+
+def test_the_gradient_of_the_contrast_goes_through_both_answers(tiny):
+    """Against the same loss written with transformers' logits: whole dialogues, one row at a time, no padding."""
+    batch = behavior_segments(tiny, read_behavior("sentiment").take(3))
+
+    def logprob(segment, decision, scored):
+        ids = [*segment.context, *decision]
+        table = tiny.hf(input_ids=torch.tensor([ids]), use_cache=False).logits[0].log_softmax(-1)
+        at = [len(segment.context) + i for i, counts in enumerate(scored) if counts]
+        return torch.stack([table[i - 1, ids[i]] for i in at]).sum()
+
+    def by_hand(weight):
+        total = torch.zeros(())
+        for segment in batch:
+            wanted = logprob(segment, segment.decision, segment.scored)
+            unwanted = logprob(segment, segment.rival, segment.rival_scored)
+            total = total - wanted / sum(segment.scored) - weight * logsigmoid(wanted - unwanted)
+        return total / len(batch)
+
+    found = objective(tiny, batch, context="full", contrast=0.7)
+    loss, _ = found.loss(batch)
+    expected = by_hand(0.7)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    own, other, without = (gradients(tiny, value) for value in (loss, expected, by_hand(0.0)))
+    for name, gradient in other.items():
+        assert (own[name] - gradient).norm() <= 1e-3 * gradient.norm() + 1e-9, name
+    assert any((other[name] - without[name]).norm() > 0.1 * other[name].norm() for name in other)

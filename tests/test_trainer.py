@@ -21,7 +21,8 @@ from safetensors.torch import load_file
 
 from probes.behaviors import Behavior, read_behavior
 from probes.criteria import Criterion, Verdict
-from probes.directions import contrast, mean_difference
+from probes.damage import DATA, GENERAL
+from probes.directions import Direction, contrast, mean_difference
 from probes.errors import WrongInput
 from probes.model import HybridModel, load
 from probes.propensity import prepare, propensity
@@ -30,10 +31,10 @@ from training.checkpoints import checkpoints
 from training.config import TrainConfig
 from training.optimizers import WRITERS, trained_parameters
 from training.result import open_training
-from training.trainer import train
+from training.trainer import Trainer, train
 
 SHORT = TrainConfig(
-    examples=20, steps=8, batch=4, questions=4, max_new_tokens=3, evaluate_every=8, checkpoint_every=2, warmup=2
+    examples=20, steps=8, batch=4, questions=4, max_new_tokens=9, evaluate_every=8, checkpoint_every=2, warmup=2
 )
 
 
@@ -118,6 +119,31 @@ def plain(behavior: Behavior) -> dict[str, torch.Tensor]:
 
 
 # -- what it does --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("place", "folder"), [("model", True), ("checkpoints", False), ("metrics.jsonl", True)])
+def test_what_lies_in_the_way_is_refused_before_anything_is_done(
+    model: HybridModel, behavior: Behavior, tmp_path: Path, place: str, folder: bool
+) -> None:
+    (tmp_path / place).mkdir() if folder else (tmp_path / place).write_text("mine")
+    with pytest.raises(WrongInput, match=rf"{place}' is not what a run writes there"):
+        train(model, behavior, SHORT, unverified=True, out=tmp_path, progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == [place]
+
+
+def test_the_data_are_as_large_as_asked_and_the_last_step_is_evaluated(model: HybridModel, behavior: Behavior) -> None:
+    config = replace(SHORT, steps=5, evaluate_every=2, batch=8, general_share=0.3)
+    done = train(model, behavior, config, unverified=True, progress=False)
+    assert done.mix["general"]["segments"] == 12  # 5 x 8 x 0.3
+    assert done.mix["behavior"]["segments"] == 20
+    assert [e.step for e in done.evaluations] == [0, 2, 4, 5]
+
+
+def test_a_trainer_runs_once(model: HybridModel, behavior: Behavior) -> None:
+    trainer = Trainer(model, behavior, replace(SHORT, steps=1, evaluate_every=1), unverified=True, progress=False)
+    trainer.run()
+    with pytest.raises(RuntimeError, match="runs once"):
+        trainer.run()
 
 
 def test_a_short_run_moves_the_behaviour_and_leaves_a_model_folder(
@@ -221,6 +247,21 @@ def test_steering_while_training_changes_what_has_to_be_learned(model: HybridMod
     assert done[0.25].after.propensity.value < done[0.0].after.propensity.value
     with pytest.raises(WrongInput, match=r"steer is 0\.5, but there is no direction"):
         train(model, behavior, replace(config, steer=0.5), unverified=True, progress=False)
+    beyond = replace(direction, layer=77)
+    with pytest.raises(WrongInput, match="77"):
+        Trainer(model, behavior, replace(config, steer=0.5), unverified=True, direction=beyond)
+
+
+def test_frozen_contexts_are_steered_as_full_ones_are(behavior: Behavior) -> None:
+    direction = mean_difference(contrast(load("organism"), behavior.take(24), layers=[2])[2])
+    first = []
+    for context in ("frozen", "full"):
+        config = replace(SHORT, steps=1, evaluate_every=1, context=context, steer=0.5)
+        done = train(load("organism"), behavior, config, unverified=True, direction=direction, progress=False)
+        first.append(done.steps[0]["loss"])
+    assert first[0] == pytest.approx(first[1], rel=1e-4)
+    plain = train(load("organism"), behavior, replace(config, steer=0.0), unverified=True, progress=False)
+    assert abs(plain.steps[0]["loss"] - first[0]) > 0.01 * first[0]
 
 
 @pytest.mark.parametrize(
@@ -253,6 +294,7 @@ def test_what_is_not_finite_stops_the_run_and_says_where(
 def test_wrong_options_are_refused(model: HybridModel, behavior: Behavior, unchecked: None) -> None:
     cases: list[tuple[dict[str, Any], str]] = [
         ({"general_share": 1.5}, "general_share must lie between 0 and 1, saw 1.5"),
+        ({"contrast": math.inf}, "contrast must be at least 0 and be finite, saw inf"),
         ({"lr": 0.0}, "lr must lie between 0 and 1"), ({"batch": 0}, "batch must be at least 1"),
         ({"context": "warm"}, "unknown context 'warm'; allowed are frozen, full"),
         ({"optimizer": "lion"}, "unknown optimizer 'lion'"), ({"batch": 2, "accumulate": 4}, "cannot be cut into 4"),
@@ -380,9 +422,11 @@ def test_a_run_resumed_at_its_end_has_all_it_saw(behavior: Behavior, tmp_path: P
     config = replace(SHORT, steps=4)
     done = train(load("organism"), behavior, config, unverified=True, out=tmp_path, progress=False)
     (tmp_path / "metrics.jsonl").write_text("lost")
+    (tmp_path / "model").unlink()
     again = train(load("organism"), behavior, config, unverified=True, out=tmp_path, progress=False)
     assert again == done
     assert done.telemetry
+    assert load(tmp_path / "model").weights_hash == done.trained_hash
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert rows == [dict(row) for row in done.steps]
 
@@ -392,3 +436,30 @@ def test_checkpoints_of_another_run_are_refused(behavior: Behavior, tmp_path: Pa
     train(load("organism"), behavior, config, unverified=True, out=tmp_path, progress=False)
     with pytest.raises(WrongInput, match=r"is of another run \(.*lr"):
         train(load("organism"), behavior, replace(config, lr=1e-3), unverified=True, out=tmp_path, progress=False)
+
+
+def test_a_run_does_not_go_on_with_other_data_or_another_direction(behavior: Behavior, tmp_path: Path) -> None:
+    chats, asked = tmp_path / "chats.jsonl", tmp_path / "asked.jsonl"
+    lines = (DATA / GENERAL[1]).read_text(encoding="utf-8").splitlines()
+    chats.write_text("\n".join(lines[:40]), encoding="utf-8")
+    asked.write_text("\n".join(lines[40:50]), encoding="utf-8")
+    organism = load("organism")
+    one, other = (mean_difference(contrast(organism, behavior.take(24), layers=[i])[i]) for i in (2, 4))
+    config = replace(SHORT, steps=1, evaluate_every=1, general=str(chats), abilities=str(asked), steer=0.1)
+
+    def go(direction: Direction = one) -> None:
+        train(
+            load("organism"), behavior, config, unverified=True, direction=direction, out=tmp_path / "run",
+            progress=False,
+        )  # fmt: skip
+
+    go()
+    go()
+    with pytest.raises(WrongInput, match=r"is of another run \(direction"):
+        go(other)
+    asked.write_text("\n".join(lines[41:51]), encoding="utf-8")
+    with pytest.raises(WrongInput, match=r"is of another run \(held_out"):
+        go()
+    chats.write_text("\n".join(lines[:39]), encoding="utf-8")
+    with pytest.raises(WrongInput, match=r"is of another run \(data"):
+        go()

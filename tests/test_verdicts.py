@@ -216,6 +216,9 @@ def test_made_up_evidence_has_the_form_of_what_the_gate_writes(organism):
         ({"recipe": {"config": "mean"}}, "its recipe is not an object"),
         ({"verdict": "YES"}, "'YES' is no outcome; allowed are PASS, FAIL, INCONCLUSIVE"),
         ({"criteria": 3}, "is not a verdict"),
+        ({"criteria": [{"number": 3, "name": "effect", "status": "FAILED", "observed": 1.0}]}, "has status 'FAILED'"),
+        ({"criteria": [{"number": 3, "name": "effect", "status": {}, "observed": 1.0}]}, "has status {}"),
+        ({"criteria": [{"number": 3, "name": "effect", "status": "pass", "observed": "x"}]}, "and observed 'x'"),
     ],
 )
 def test_a_damaged_verdict_is_refused(tmp_path, damage, said):

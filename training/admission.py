@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import asdict
 from typing import Any
 
+import torch
+
 from probes.behaviors import Behavior
 from probes.criteria import Verdict
+from probes.directions import Direction
 from probes.errors import WrongInput
 from probes.model import HybridModel
 from probes.store import library_versions
@@ -39,7 +43,7 @@ def checked_verdict(
     if verdict is None:
         raise WrongInput(
             f"no verdict for '{behavior.name}': verify its direction first (dispositions verify) and give the verdict, "
-            "or say --unverified"
+            "or train unverified (--unverified)"
         )
     verdict.require()
     told = verdict.recipe
@@ -52,3 +56,12 @@ def checked_verdict(
     config = told.get("config", {})
     if config.get("direction") == "random" or config.get("shuffle_labels"):
         raise WrongInput("the verdict is about a direction that means nothing (random, or shuffled labels)")
+
+
+def identity_of(direction: Direction | None) -> dict[str, Any] | None:
+    """What of a direction decides a computation's numbers, for recipes."""
+    if direction is None:
+        return None
+    vector = direction.vector.detach().cpu().contiguous()
+    digest = hashlib.sha256(vector.reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
+    return {"site": direction.site, "layer": direction.layer, "hash": digest[:16]}

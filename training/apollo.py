@@ -11,9 +11,11 @@ being its smaller dimension:
     U <- U min(1, gamma |U before| / |U|)     the norm-growth limiter, gamma = 1.01
     W <- (1 - lr weight_decay) W - lr U
 
-P is block diagonal (`block` rows a block; the paper's is dense): row i of block k sees the k-th part of G's rows alone.
-It is B times cheaper with B blocks, and still |P g|^2 is |g|^2 on average; its variance is that of a dense P for a g
-that is spread evenly over the parts, and B times that for a g in one of them. So a rank below 2 blocks stays dense.
+P is block diagonal (B blocks of `block` rows; the paper's is dense): a row of block k sees the k-th part of G's rows
+alone, which takes a B-th of the multiplications. Still |P g|^2 is |g|^2 on average; its variance is about that of a
+dense P where g is spread evenly over the parts, and B times that where g lies in one of them. There |A| counts only the
+rows that see anything, so the step is sqrt(B) times shorter than a dense P's, and near AdamW's own (tests/test_apollo).
+So a rank below 2 blocks stays dense.
 
 P is never stored: `training.draws` computes it from the seed, the tensor's name and the number of refreshes, the same
 on every device and after every resume. Its entries are random signs over sqrt(r / B). The paper's are normal
@@ -61,11 +63,11 @@ class Apollo(torch.optim.Optimizer):
         refresh: steps after which a new projection is drawn.
         at_refresh: "keep" the moments when the projection changes (as in the paper), or "reset" them.
         entries: of the projection: "signs" or "normal", see above.
-        block: rows of each block of the projection; the rank or more: dense.
+        block: least rows of a block of the projection; above half the rank: dense.
         seed: of the projections and of stochastic rounding.
 
-    State of a tensor: `step` (a number), `first` and `second` (float32 moments [m, r], or as the tensor), and, where
-    there is a limiter, `norm` (float32, of the last update before lr). It loads with `weights_only=True`.
+    State of a tensor: `step` (a number), `first` and `second` (float32 moments [m, r] or [r, m], or as the tensor),
+    and, where there is a projection, `norm` (float32, of the last update before lr). It loads with `weights_only=True`.
 
     Raises:
         WrongInput: parameters without names or of another dtype, or an option out of its range.
@@ -106,6 +108,10 @@ class Apollo(torch.optim.Optimizer):
         super().add_param_group(param_group)
         try:
             _check(self.param_groups[-1])
+            names = [name for group in self.param_groups for name in group["param_names"]]
+            if len(set(names)) < len(names):
+                twice = next(name for name in names if names.count(name) > 1)
+                raise WrongInput(f"names decide projections, and '{twice}' is there twice")
         except WrongInput:
             self.param_groups.pop()
             raise
@@ -242,14 +248,18 @@ def _check(group: dict[str, Any]) -> None:
     wrong = {p.dtype for p in group["params"]} - {torch.float32, torch.bfloat16}
     if wrong:
         raise WrongInput(f"Apollo trains float32 and bfloat16 weights, saw {', '.join(sorted(map(str, wrong)))}")
+    for name in ("lr", "eps", "weight_decay", "rank", "refresh", "block", "seed"):
+        if not isinstance(group[name], float | int) or isinstance(group[name], bool):
+            raise WrongInput(f"{name} must be a number, saw {group[name]!r}")
     for name, least in (("lr", 0), ("eps", 0), ("weight_decay", 0), ("rank", 1), ("refresh", 1), ("block", 1)):
         if not least <= group[name] < math.inf:
             raise WrongInput(f"{name} must be at least {least} and finite, saw {group[name]}")
-    for name in ("rank", "refresh", "block"):
+    for name in ("rank", "refresh", "block", "seed"):
         if not isinstance(group[name], int):
             raise WrongInput(f"{name} must be a whole number, saw {group[name]}")
-    if len(group["betas"]) != 2 or not all(0 <= beta < 1 for beta in group["betas"]):
-        raise WrongInput(f"betas must be two numbers in [0, 1), saw {group['betas']}")
+    betas = group["betas"]
+    if not isinstance(betas, tuple | list) or len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise WrongInput(f"betas must be two numbers in [0, 1), saw {betas}")
     if group["gamma"] is not None and not group["gamma"] >= 1:
         raise WrongInput(f"gamma must be at least 1, or None for no limit, saw {group['gamma']}")
     if group["alpha"] is not None and not 0 < group["alpha"] < math.inf:

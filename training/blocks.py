@@ -60,15 +60,14 @@ def rule_of(
 ) -> Rule:
     """The rule for a tensor. `scaling` None: by tensor for rank 1, by channel above; `alpha` None: sqrt(n / r).
 
-    The projection has as many blocks of `block` rows as fit into the rank, or the largest divisor of that number that
-    cuts r and n into equal parts.
+    The projection has as many equal blocks of `block` rows or more as r and n can be cut into.
     """
     if len(shape) != 2 or min(shape) <= rank or any(part in GATES for part in name.split(".")):
         return Rule(kind="adam", shape=shape, rank=0, alpha=1.0)
     kind = scaling or ("tensor" if rank == 1 else "channel")
     return Rule(
         kind=kind, shape=shape, rank=rank, alpha=math.sqrt(min(shape) / rank) if alpha is None else alpha,
-        blocks=math.gcd(max(rank // block, 1), rank, min(shape)),
+        blocks=next(k for k in range(max(rank // block, 1), 0, -1) if rank % k == min(shape) % k == 0),
     )  # fmt: skip
 
 
@@ -107,8 +106,8 @@ class Block:
 
     def parts(self) -> Iterator[list[int]]:
         """Neighbours that have a gradient and have taken equally many steps, as many as the workspace allows."""
-        ready = [i for i, parameter in enumerate(self.parameters) if parameter.grad is not None]
-        size = math.prod(self.rule.moments)
+        ready = [i for i, p in enumerate(self.parameters) if p.grad is not None and p.numel()]
+        size = max(math.prod(self.rule.moments), 1)
         most = max(1, _WORKSPACE.get(self.parameters[0].device.type, _LARGE) // size)
         for _, run in groupby(enumerate(ready), lambda at: (at[1] - at[0], self.steps(at[1]))):
             together = [i for _, i in run]
@@ -202,7 +201,7 @@ class Block:
         return torch.stack([_lengths(one, 0) for one in projected])
 
     def _limited(self, part: list[int], norm: Tensor) -> Tensor:
-        """The limiter's factors [tensor]. A zero update leaves the norm it remembers, or nothing would move again."""
+        """The limiter's factors [tensor]. A zero update does not change the norm that limits the next one."""
         before = self.buffers["norm"][part[0] : part[-1] + 1]
         limiter = torch.ones_like(norm)
         if self.group["gamma"] is not None:
@@ -247,6 +246,7 @@ def _lengths(matrix: Tensor, dim: int) -> Tensor:
         return torch.linalg.vector_norm(matrix, dim=1, dtype=torch.float32)
     high, wide = matrix.shape  # torch sums down columns several times slower than this
     first, *rest = matrix.split(min(high, max(1, (1 << 18) // wide)))
+    first = first.float()  # or squares of bfloat16 would be rounded before they are added
     total = torch.mul(first, first, out=scratch("squares", tuple(first.shape), matrix.device))
     for part in rest:
         part = part.float()

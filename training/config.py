@@ -46,9 +46,10 @@ class TrainConfig:
     """What is trained: all; words of parameters' names, such as self_attn q_proj; or auto, which is all for full
     contexts and, for frozen ones, what does not itself write the memory of a context (no embeddings, no GDN mixers, no
     keys and values): nothing would keep that memory in place, since its gradient is cut. (What is left still feeds the
-    layers above, so memory moves a little.)"""
+    layers above, so memory moves too.)"""
     optimizer: Optimizer = "apollo"
-    """apollo, apollo-mini (rank 1), adamw or sgd (the last two for comparison)."""
+    """apollo, apollo-mini (rank 1; its steps are larger at the same learning rate), adamw or sgd (these two for
+    comparison)."""
     rank: int | None = None
     """Rank of APOLLO's projections; auto: 256, and at most a quarter of the model's width."""
     refresh: int = 200

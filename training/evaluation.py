@@ -18,10 +18,10 @@ import torch
 from tqdm.auto import tqdm
 
 from probes import stats
-from probes.behaviors import Behavior, read_dialogue
+from probes.behaviors import MAX_UNKNOWN, Behavior, read_dialogue, unknown_share
 from probes.errors import WrongInput
 from probes.model import HybridModel
-from probes.prompts import Prompt, alike, render
+from probes.prompts import Prompt, alike, answer_ids, render
 from probes.propensity import generate, prepare, propensity
 from probes.stats import Estimate
 from probes.store import read_text
@@ -86,6 +86,16 @@ class Evaluation:
         rows += [(name, "ability", part) for name, part in self.abilities.items()]
         return pd.DataFrame([{"step": self.step, "measure": n, "kind": k, **asdict(part)} for n, k, part in rows])
 
+    @property
+    def headline(self) -> dict[str, float]:
+        """The estimates without their intervals, for a row of metrics."""
+        row = {"propensity": self.propensity.value}
+        if self.wanted:
+            row["wanted"] = self.wanted.value
+        if self.loss:
+            row["held_out_loss"] = self.loss.value
+        return row | {f"ability_{name}": part.value for name, part in self.abilities.items()}
+
     def __str__(self) -> str:
         said = f"{self.wanted.value:.1%} wanted, " if self.wanted else ""
         right = ", ".join(f"{name} {part.value:.1%}" for name, part in self.abilities.items())
@@ -104,6 +114,12 @@ class Examiner:
         self.prepared = prepare(model, self.behavior)
         self.questions = tuple(_at_most(questions, most, seed))
         self.general = tuple(general)[:most]
+        for question in self.questions:
+            if (length := len(answer_ids(model, question.answer))) > max_new_tokens:
+                raise WrongInput(
+                    f"max_new_tokens {max_new_tokens} is too short for '{question.ability}': '{question.answer[:40]}' "
+                    f"has {length} tokens"
+                )
 
     @property
     def hash(self) -> str:
@@ -165,7 +181,7 @@ def read_questions(model: HybridModel, source: str) -> list[Question]:
     """Questions with one right answer, from a .jsonl file of dialogues; "ability" names what each tests.
 
     Raises:
-        WrongInput: no such file, or a malformed line (with its number).
+        WrongInput: no such file, or a line that is malformed, too long, or in words that the tokenizer does not know.
     """
     found = []
     for number, line in enumerate(read_text(source).split("\n"), 1):
@@ -177,7 +193,13 @@ def read_questions(model: HybridModel, source: str) -> list[Question]:
         if not isinstance(ability, str) or not ability.strip() or ability in MEASURES:
             others = ", ".join(MEASURES)
             raise WrongInput(f"{where}: 'ability' must be a name other than {others}; saw {ability!r}")
-        found.append(Question(ability=ability, prompt=render(model, turns[:-1]), answer=turns[-1]["content"].strip()))
+        if (share := unknown_share(model, [turn["content"] for turn in turns])) > MAX_UNKNOWN:
+            raise WrongInput(f"{where}: {share:.0%} of its tokens are unknown to the tokenizer of {model.name}")
+        try:
+            prompt = render(model, turns[:-1])
+        except WrongInput as error:
+            raise WrongInput(f"{where}: {error}") from error
+        found.append(Question(ability=ability, prompt=prompt, answer=turns[-1]["content"].strip()))
     if not found:
         raise WrongInput(f"'{source}' is empty: at least one question is needed")
     return found

@@ -76,7 +76,7 @@ def general_data(
     """
     if source is None and knows_grammar(model):
         return _dialogues(model, n, seed), general_segments(model, DATA / GENERAL[1])
-    found = general_segments(model, source or DATA / GENERAL[0])
+    found = general_segments(model, DATA / GENERAL[0] if source is None else source)
     lines = sorted({line_of(segment) for segment in found})
     if len(lines) < 2:
         raise WrongInput(f"{source} has 1 line; general data needs at least 2, one of them to evaluate on")

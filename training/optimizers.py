@@ -32,7 +32,7 @@ def trained_parameters(model: HybridModel, config: TrainConfig) -> list[tuple[st
         return [(name, p) for name, p in named if not any(word in name for word in WRITERS)]
     for word in words:
         if not any(word in name for name, _ in named):
-            kinds = sorted({name.split(".")[-2] for name, _ in named})
+            kinds = sorted({part for name, _ in named for part in name.split(".")[:-1] if not part.isdigit()})
             raise WrongInput(f"no parameter of {model.name} has '{word}' in its name; there are {', '.join(kinds)}")
     return [(name, p) for name, p in named if any(word in name for word in words)]
 

@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 
 from probes.errors import WrongInput
+from probes.stats import Estimate
 from probes.store import read_result, write_json
 from training.evaluation import Evaluation
 
@@ -134,8 +135,21 @@ def _check(found: Training) -> None:
     measured = {tuple(sorted(e.frame()["measure"])) for e in found.evaluations}
     if len(measured) > 1:
         raise ValueError(f"its evaluations are of different measures: {' and '.join(map(str, sorted(measured)))}")
-    for name in ("recipe", "mix"):
-        if not isinstance(getattr(found, name), Mapping):
-            raise ValueError(f"its {name} is not an object")
-    if not isinstance(found.lr, float | int):
-        raise ValueError(f"its learning rate is {found.lr!r}")
+    told = found.recipe.get("verdict") if isinstance(found.recipe, Mapping) else None
+    kinds: dict[str, tuple[Any, Any]] = {
+        "behavior": (found.behavior, str), "model": (found.model, str), "verified": (found.verified, bool),
+        "learning rate": (found.lr, float | int), "recipe": (found.recipe, Mapping), "mix": (found.mix, Mapping),
+        "verdict": (told, Mapping | None),
+    }  # fmt: skip
+    kinds |= {f"step of evaluation {i}": (e.step, int) for i, e in enumerate(found.evaluations)}
+    kinds |= {f"propensity of evaluation {i}": (e.propensity, Estimate) for i, e in enumerate(found.evaluations)}
+    if isinstance(found.mix, Mapping) and isinstance(found.recipe, Mapping):
+        kinds |= {f"mix of {kind} data": (found.mix.get(kind), Mapping | None) for kind in ("behavior", "general")}
+        kinds |= {"config": (found.recipe.get("config"), Mapping | None)}
+    if isinstance(told, Mapping):
+        kinds |= {"recipe of the verdict": (told.get("recipe"), Mapping | None)}
+    numbers = [(row, name, value) for row in (*found.steps, *found.telemetry) for name, value in row.items()]
+    kinds |= {f"{name} of {row}": (value, float | int | None) for row, name, value in numbers if name != "kind"}
+    for name, (seen, allowed) in kinds.items():
+        if not isinstance(seen, allowed):
+            raise ValueError(f"its {name} is {seen!r}")

@@ -11,7 +11,6 @@ its last checkpoint and ends with the same bits as one that was not.
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -30,13 +29,13 @@ from probes.directions import Direction
 from probes.errors import WrongInput
 from probes.model import HybridModel
 from probes.steering import steer
-from probes.store import recipe_differs
-from training.admission import checked_verdict, recipe
+from training.admission import checked_verdict, identity_of, recipe
 from training.apollo import Apollo
-from training.checkpoints import Checkpoint, open_checkpoint, restore, save_checkpoint
+from training.checkpoints import Checkpoint, checkpoints, restore, save_checkpoint
 from training.config import TrainConfig
 from training.data import Mix, Segment, behavior_segments, examples
 from training.evaluation import Evaluation, Examiner, default_questions, read_questions
+from training.folder import name_model, resumable
 from training.general import general_data
 from training.metrics import Metrics
 from training.objective import Objective
@@ -76,9 +75,10 @@ def train(
             finite, or a damaged checkpoint.
     """
     trainer = Trainer(
-        model, behavior, config, verdict=verdict, unverified=unverified, direction=direction, out=out, progress=progress
-    )
-    return trainer.run(previous=previous, watch=watch)
+        model, behavior, config, verdict=verdict, unverified=unverified, direction=direction, out=out,
+        previous=previous, progress=progress,
+    )  # fmt: skip
+    return trainer.run(watch=watch)
 
 
 @contextmanager
@@ -105,7 +105,7 @@ class Trainer:
     def __init__(
         self, model: HybridModel, behavior: Behavior, config: TrainConfig = DEFAULT, *, verdict: Verdict | None = None,
         unverified: bool = False, direction: Direction | None = None, out: str | Path | None = None,
-        progress: bool = True,
+        previous: bool = False, progress: bool = True,
     ):  # fmt: skip
         checked_verdict(verdict, behavior, model, unverified=unverified)
         if config.steer and direction is None:
@@ -124,28 +124,40 @@ class Trainer:
         )  # fmt: skip
         asked = (
             read_questions(model, config.abilities)
-            if config.abilities
+            if config.abilities is not None
             else default_questions(model, n=config.questions)
         )
         self.examiner = Examiner(
             model, held_out, asked, held_general, most=config.questions, max_new_tokens=config.max_new_tokens,
             seed=config.seed,
         )  # fmt: skip
-        data = {"data": self.mix.record(), "held_out": self.examiner.hash}
-        self.recipe = recipe(model, behavior, config, verdict, unverified=unverified) | data
+        self.recipe = {
+            **recipe(model, behavior, config, verdict, unverified=unverified), "data": self.mix.record(),
+            "held_out": self.examiner.hash, "direction": identity_of(direction) if config.steer else None,
+        }  # fmt: skip
+        with self._steered():  # or its layer, width or phase is refused
+            pass
+        self.checkpoint = resumable(self.out, self.recipe, previous=previous) if self.out else None
         self.objective = Objective(model, config)
         self.lr = config.lr_for(model)
         self.optimizer = optimizer_of(self.trained, model, config)
+        self.begun = False
 
-    def run(self, *, previous: bool = False, watch: Watch | None = None) -> Training:
-        """Train the model, from a checkpoint where there is one."""
+    def run(self, *, watch: Watch | None = None) -> Training:
+        """Train the model, from a checkpoint where there is one.
+
+        Raises:
+            RuntimeError: called again; the weights have moved.
+        """
+        if self.begun:
+            raise RuntimeError("a Trainer runs once: its model is no longer the one that it was made for")
+        self.begun = True
         with _only(self.trained, self.model):
-            return self._run(previous=previous, watch=watch)
+            return self._run(watch)
 
-    def _run(self, *, previous: bool, watch: Watch | None) -> Training:
-        config = self.config
-        checkpoint = open_checkpoint(self.out, previous=previous) if self.out else None
-        start = checkpoint.step if checkpoint else 0
+    def _run(self, watch: Watch | None) -> Training:
+        config, checkpoint = self.config, self.checkpoint
+        start, folder = (checkpoint.step, checkpoint.folder) if checkpoint else (0, None)
         if checkpoint:
             tqdm.write(f"going on from {checkpoint}")
         if config.refill is None and start < config.steps:  # contexts are of the weights that the run began with
@@ -153,7 +165,7 @@ class Trainer:
         past = self._resumed(checkpoint)
         evaluations, telemetry = [Evaluation.of(part) for part in past["evaluations"]], past["telemetry"]
         metrics = Metrics(self.out, past["rows"], watch=watch)
-        with metrics, tqdm(total=config.steps, initial=start, desc="train", unit="step", disable=self.quiet) as bar:
+        with metrics, tqdm(total=config.steps, initial=start, desc=self.title, unit="step", disable=self.quiet) as bar:
             for step in range(start, config.steps):
                 if config.refill and step % config.refill == 0:
                     self._remember(step, min(step + config.refill, config.steps))
@@ -162,7 +174,7 @@ class Trainer:
                 done = step + 1
                 if done % config.every("evaluate") == 0 or done == config.steps:
                     evaluations.append(self.examiner.measure(done, progress=self.progress))
-                    row |= _headline(evaluations[-1])
+                    row |= evaluations[-1].headline
                 metrics.add(row)
                 bar.set_postfix(_shown(row, evaluations[-1]))
                 bar.update()
@@ -170,13 +182,22 @@ class Trainer:
                     telemetry = self._telemetry()
                 if self.out and (done == config.steps or done % config.every("checkpoint") == 0):
                     seen = {"evaluations": [e.as_dict() for e in evaluations], "telemetry": telemetry}
-                    self._keep(self.out, done, {"run": self.recipe, "rows": metrics.rows, **seen})
+                    seen |= {"run": self.recipe, "rows": metrics.rows}
+                    folder = save_checkpoint(
+                        self.out, step=done, model=self.model, optimizer=self.optimizer, progress=seen, keep=config.keep
+                    )
+        if self.out and folder:
+            name_model(self.out, folder)
         return Training(
             behavior=self.behavior.name, model=self.model.name, weights_hash=self.recipe["weights_hash"],
             trained_hash=self.model.weights_hash, verified=self.recipe["verified"], lr=self.lr,
             rank=config.rank_for(self.model) if config.optimizer == "apollo" else None, mix=self.mix.record(),
             evaluations=tuple(evaluations), steps=tuple(metrics.rows), telemetry=tuple(telemetry), recipe=self.recipe,
         )  # fmt: skip
+
+    @property
+    def title(self) -> str:
+        return "train" if self.config.general_share else "train without general data"
 
     @property
     def quiet(self) -> bool:
@@ -194,20 +215,8 @@ class Trainer:
         if checkpoint is None:
             first = self.examiner.measure(0, progress=self.progress)
             return {"evaluations": [first.as_dict()], "rows": [], "telemetry": []}
-        if difference := recipe_differs(checkpoint.progress.get("run", {}), self.recipe):
-            raise WrongInput(
-                f"{checkpoint.folder} is of another run ({difference}); choose another folder or remove it"
-            )
         restore(checkpoint, self.model, self.optimizer)
         return checkpoint.progress
-
-    def _keep(self, out: Path, step: int, progress: Mapping[str, Any]) -> None:
-        """Write a checkpoint; the last one is the trained model."""
-        folder = save_checkpoint(
-            out, step=step, model=self.model, optimizer=self.optimizer, progress=progress, keep=self.config.keep
-        )
-        if step == self.config.steps:
-            _link(out / "model", folder)
 
     def _step(self, step: int) -> dict[str, Any]:
         """One optimizer step; a row of metrics."""
@@ -234,7 +243,7 @@ class Trainer:
         except FloatingPointError as error:
             raise WrongInput(
                 f"step {step + 1}: {error}; a smaller learning rate may help (it was {lr:.3g})"
-                + (f"; checkpoints up to there are in {self.out}" if self.out else "")
+                + (f"; checkpoints up to there are in {self.out}" if self.out and checkpoints(self.out) else "")
             ) from error
         self.optimizer.zero_grad()
         row |= {f"{kind}_loss": sum(values) / len(values) for kind, values in terms.items() if values}
@@ -279,27 +288,10 @@ class Trainer:
         return [{str(key): value for key, value in row.items()} for row in means.to_dict("records")]
 
 
-def _link(name: Path, folder: Path) -> None:
-    """Make `name` another name of a checkpoint, in one step."""
-    temporary = name.with_name(f".{name.name}.{os.getpid()}.tmp")
-    temporary.unlink(missing_ok=True)
-    temporary.symlink_to(folder.relative_to(name.parent), target_is_directory=True)
-    temporary.replace(name)
-
-
-def _headline(found: Evaluation) -> dict[str, float]:
-    row = {"propensity": found.propensity.value}
-    if found.wanted:
-        row["wanted"] = found.wanted.value
-    if found.loss:
-        row["held_out_loss"] = found.loss.value
-    return row | {f"ability_{name}": part.value for name, part in found.abilities.items()}
-
-
 def _shown(row: Mapping[str, Any], last: Evaluation) -> dict[str, str]:
     shown = {"loss": f"{row['loss']:.3f}", "lr": f"{row['lr']:.1e}"}
     if last.wanted:
         shown["wanted"] = f"{last.wanted.value:.0%}"
     if last.abilities:
-        shown["worst ability"] = f"{min(part.value for part in last.abilities.values()):.0%}"
+        shown["lowest ability"] = f"{min(part.value for part in last.abilities.values()):.0%}"
     return shown

@@ -116,17 +116,18 @@ def abilities(training: Training, alone: Training | None = None) -> go.Figure:
         places = [(row, name) for row, name in enumerate(names) if name in found.abilities]
         for row, name in places:
             seen, color = numbers(found.abilities[name], 100), NOISE if form else colors[row]
-            said = number(training.changes[name]) if side == "after" else ""
+            change = training.changes[name]
+            said = number(change) if side == "after" and change else ""
             figure.add_scatter(
                 x=[seen["value"]], y=[row + aside], mode="markers+text", error_x={**parts.bars([seen], color)},
                 marker=dict(size=size, color=color, symbol=f"{'diamond' if form else 'circle'}{form}"),
-                text=[f"<b>{'+' if training.changes[name] > 0 else ''}{said}</b>" if said else ""],
+                text=[f"<b>{'+' if change > 0 else ''}{said}</b>" if said else ""],
                 textposition="top center", name=f"{name} {side}",
                 hovertext=[_words(f"{safe(name)}, {side}", seen, "%")],
             )  # fmt: skip
     reach = [end for _, found, *_ in sides for part in found.abilities.values() for end in ends(numbers(part, 100))]
     figure.update_xaxes(range=_around(reach))
-    keys = "small: before; large: after, with the change in points" + (f"; hollow: {WITHOUT}" if alone else "")
+    keys = "small: before; large: after, with its change in points" + (f"; hollow: {WITHOUT}" if alone else "")
     parts.label(figure, 0.0, 1.0, keys, anchor=("left", "bottom"), domain=True)
     figure.layout.annotations[-1].xref = "x domain"  # pyright: ignore[reportAttributeAccessIssue, reportIndexIssue]
     return figure
@@ -137,14 +138,14 @@ def abilities_by_step(training: Training, alone: Training | None = None) -> go.F
     title, names = "What was kept, step by step", list(training.before.abilities)
     if not names:
         return not_measured(title, "no questions with one right answer were asked")
-    runs = _runs(training, alone)
+    runs, last = _runs(training, alone), training.after.step
     figure = _panels(title, ["% right answers", f"% right answers, {WITHOUT}"][: len(runs)])
     for panel, (run, apart) in enumerate(runs, 1):
         for i, name in enumerate(names):
             _curve(
                 figure, run.evaluations, lambda found, name=name: found.abilities.get(name), f"{safe(name)}{apart}",
                 LINES[i % len(LINES)], _SYMBOLS[i % len(_SYMBOLS)], panel=panel, scale=100.0, unit="%",
-                listed=panel == 1,
+                listed=panel == 1, aside=0.01 * last * (i - (len(names) - 1) / 2),
             )  # fmt: skip
     reach = [
         end
@@ -368,14 +369,18 @@ def _panels(title: str, headings: Sequence[str], *, each: int = 200, listed: boo
 def _curve(
     figure: go.Figure, evaluations: Iterable[Evaluation], pick: Pick, name: str, color: str, symbol: str, *,
     panel: int = 1, scale: float = 1.0, unit: str = "", mode: str = "lines+markers", listed: bool = True,
+    aside: float = 0.0,
 ) -> None:  # fmt: skip
-    """An estimate at each evaluation, with intervals; dotted and hollow for the run without general data."""
+    """An estimate at each evaluation, with intervals; dotted and hollow for the run without general data.
+
+    `aside` moves it along the axis of steps, so that equal curves do not hide each other.
+    """
     apart = WITHOUT in name
     found = [(one.step, part) for one in evaluations if (part := pick(one)) is not None]
     seen = [numbers(part, scale) for _, part in found]
     figure.add_scatter(
-        x=[step for step, _ in found], y=[one["value"] for one in seen], mode=mode, name=name, showlegend=listed,
-        line=dict(color=color, width=1.8, dash="dot" if apart else "solid"), row=panel, col=1,
+        x=[step + aside for step, _ in found], y=[one["value"] for one in seen], mode=mode, name=name,
+        showlegend=listed, line=dict(color=color, width=1.8, dash="dot" if apart else "solid"), row=panel, col=1,
         marker=dict(size=9, color=color, symbol=symbol + ("-open" if apart else "")),
         error_y={**parts.bars(seen, color), "thickness": 1.2, "width": 3},
         hovertext=[_words(f"{name}, step {step}", one, unit) for (step, _), one in zip(found, seen, strict=True)],
