@@ -4,7 +4,7 @@ AdamW keeps two moments of every weight. APOLLO keeps them of a projection of th
 step each *channel* takes; the direction of the step is the gradient's own. For a matrix whose gradient G is n x m, n
 being its smaller dimension:
 
-    R = P G                           P is r x n, of mean 0 and variance 1/r, drawn anew every `refresh` steps
+    R = P G                           P is r x n and random, |P g| = |g| on average; drawn anew every `refresh` steps
     A = Adam's step for R             moments of r x m numbers instead of n x m
     s_j = |A_j| / |R_j|               for each channel j, a column of G; APOLLO-Mini (r = 1): one for the whole tensor
     U = alpha G diag(s)               alpha = sqrt(n / r): Adam's steps for r rows are sqrt(r / n) as long as for n
@@ -12,7 +12,7 @@ being its smaller dimension:
     W <- (1 - lr weight_decay) W - lr U
 
 P is block diagonal (B blocks of `block` rows; the paper's is dense): a row of block k sees the k-th part of G's rows
-alone, which takes a B-th of the multiplications. Still |P g|^2 is |g|^2 on average; its variance is about that of a
+alone, which takes a B-th of the multiplications. The mean of |P g|^2 is |g|^2 all the same; its variance is that of a
 dense P where g is spread evenly over the parts, and B times that where g lies in one of them. There |A| counts only the
 rows that see anything, so the step is sqrt(B) times shorter than a dense P's, and near AdamW's own (tests/test_apollo).
 So a rank below 2 blocks stays dense.
