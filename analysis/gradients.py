@@ -44,10 +44,11 @@ from probes.model import HybridModel
 from probes.stats import Estimate, mean
 from probes.store import library_versions, read_result, write_json
 from training.config import TrainConfig
-from training.data import Mix, Segment, behavior_segments, examples
+from training.data import Mix, Segment
 from training.frozen_context import Context
-from training.general import general_data
+from training.general import mixed
 from training.objective import Objective
+from training.optimizers import text_parameters
 
 RESULT = "gradients.json"
 FRAMES = ("groups", "tensors", "ranks", "answers")
@@ -252,21 +253,13 @@ def gradients(
     )  # fmt: skip
 
 
-def text_parameters(model: HybridModel) -> list[tuple[str, Tensor]]:
-    """Named parameters of the decoder and its output layer; a tied one is there once, as the embedding."""
-    text = {id(p) for module in (model.decoder, model.hf.get_output_embeddings()) for p in module.parameters()}
-    return [(name, p) for name, p in model.hf.named_parameters() if id(p) in text]
-
-
 def mix_of(model: HybridModel, behavior: Behavior, config: GradientConfig) -> Mix:
     """The batches that a training of `config.batches` steps would take."""
-    chosen, _ = examples(model, behavior, n=config.examples, seed=config.seed)
-    needed = math.ceil(config.batches * config.batch * config.general_share)
-    general, _ = general_data(model, config.general, n=max(needed, 1), seed=config.seed)
-    return Mix(
-        behavior=tuple(behavior_segments(model, chosen)), general=tuple(general if config.general_share else ()),
-        share=config.general_share, batch=config.batch, seed=config.seed,
+    mix, _, _ = mixed(
+        model, behavior, n=config.examples, share=config.general_share, source=config.general, batch=config.batch,
+        segments=config.batches * config.batch, seed=config.seed,
     )  # fmt: skip
+    return mix
 
 
 def objectives(

@@ -39,8 +39,7 @@ from probes.model import HybridModel
 from probes.stats import Estimate, derived_seed, jackknife
 from probes.store import library_versions, read_result, write_json
 from training.config import Optimizer, TrainConfig
-from training.data import Mix, behavior_segments, examples
-from training.general import general_data
+from training.general import mixed
 from training.objective import Objective
 from training.optimizers import optimizer_of, trained_parameters
 
@@ -381,12 +380,9 @@ class _Run:
         )  # fmt: skip
         self.named = trained_parameters(model, self.settings)
         self.parameters = [parameter for _, parameter in self.named]
-        chosen, _ = examples(model, behavior, n=config.examples, seed=seed)
-        most = max((config.steps + 1) * config.batch, config.probe)
-        general, _ = general_data(model, config.general, n=math.ceil(most * config.general_share) or 1, seed=seed)
-        self.mix = Mix(
-            behavior=tuple(behavior_segments(model, chosen)), general=tuple(general if config.general_share else ()),
-            share=config.general_share, batch=config.batch, seed=seed,
+        self.mix, _, _ = mixed(
+            model, behavior, n=config.examples, share=config.general_share, source=config.general, batch=config.batch,
+            segments=max((config.steps + 1) * config.batch, config.probe), seed=seed,
         )  # fmt: skip
         order = derived_seed(seed, "probe")
         self.probe = replace(self.mix, batch=config.probe, seed=order).batch_at(0)

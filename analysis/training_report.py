@@ -15,9 +15,12 @@ from typing import Any
 from analysis.figures import draw_training
 from analysis.figures.shift import known, numbers
 from analysis.figures.training import LOSS, WITHOUT
+from analysis.gradients import RESULT as GRADIENTS
 from analysis.gradients import Gradients, open_gradients
 from analysis.pages import as_sentence, render_page, settings
 from analysis.sharpness import NAMES, PUBLISHED, Sharpness, SharpnessComparison, open_sharpness
+from analysis.sharpness import RESULT as SHARPNESS
+from analysis.updates import RESULT as UPDATES
 from analysis.updates import UpdateRow, Updates, open_updates
 from analysis.words import finite, number, percent
 from probes.errors import WrongInput
@@ -27,9 +30,6 @@ from training.evaluation import Evaluation
 from training.result import Training, open_training
 
 ABLATION = "without-general.json"
-GRADIENTS = "gradients.json"
-UPDATES = "updates.json"
-SHARPNESS = "sharpness.json"
 CONFIG = {
     "examples": "examples of the behaviour, spread over its topics",
     "general_share": "share of general data in each batch",
@@ -60,7 +60,6 @@ CONFIG = {
     "seed": "decides the data and their order, projections and rounding",
 }
 OPEN = 24  # tables with more rows are folded
-_ANSWERS = {"answers": False, "rank_answers": True}
 _MINUS = re.compile(r"(?<!\w)-(?=\d)")
 Cell = tuple[str, str]
 """What a cell says, and what stands below it in small type."""
@@ -129,7 +128,8 @@ def render_training_report(
         "data": _data(training),
         "kinds": _kinds(training),
         "gradients": gradients is not None,
-        **_answers(gradients),
+        "answers": _answers(gradients, ranks=False),
+        "rank_answers": _answers(gradients, ranks=True),
         "gradient_tables": _gradient_tables(gradients),
         "updates": None if updates is None else as_sentence(str(updates)),
         "update_table": _update_table(updates),
@@ -352,10 +352,10 @@ def _kinds(training: Training) -> dict[str, Any]:
     return _table(["kind", "segments", "tokens in the loss", "tokens of contexts"], rows)
 
 
-def _answers(found: Gradients | None) -> dict[str, list[str]]:
-    """What was found, in words; that about ranks, matrix by matrix, apart."""
-    told = [] if found is None else [(as_sentence(a.sentence), "ranks" in a.question) for a in found.answers]
-    return {key: [words for words, ranks in told if ranks == apart] for key, apart in _ANSWERS.items()}
+def _answers(found: Gradients | None, *, ranks: bool) -> list[str]:
+    """What was found, in words: about ranks, matrix by matrix, or about everything else."""
+    told = () if found is None else found.answers
+    return [as_sentence(answer.sentence) for answer in told if ("ranks" in answer.question) == ranks]
 
 
 def _gradient_tables(found: Gradients | None) -> dict[str, dict[str, Any]]:

@@ -242,10 +242,11 @@ def open_updates(path: str | Path) -> Updates:
     Raises:
         WrongInput: it is missing or something else.
     """
+    data = read_result(path, RESULT)
     try:
-        return Updates.of(read_result(path, RESULT))
+        return Updates.of(data)
     except WrongInput as error:
-        raise error if str(path) in str(error) else WrongInput(f"{path}: {error}") from error
+        raise WrongInput(f"{path}: {error}") from error
 
 
 def snapshot(model: HybridModel) -> dict[str, Tensor]:

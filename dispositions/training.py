@@ -118,7 +118,7 @@ class Train(Asked):
             if self.config.general is None and _there(out / name, opened, asked):
                 continue
             (out / name).unlink(missing_ok=True)
-            if when == "yes" or (able and self._wanted(when, small)):
+            if self._wanted(when, small and able):
                 measure(model, behavior, config).save(out / name)
 
     @staticmethod

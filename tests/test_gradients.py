@@ -18,12 +18,12 @@ from analysis.gradients import (
     mix_of,
     objectives,
     open_gradients,
-    text_parameters,
 )
 from analysis.updates import Updates, numerical_rank, pieces, snapshot, updates
 from probes.behaviors import read_behavior
 from probes.errors import WrongInput
 from probes.model import HybridModel
+from training.optimizers import text_parameters
 
 CONFIG = GradientConfig(batches=2, batch=4, examples=8)
 BEHAVIOR = read_behavior("follow-direction")

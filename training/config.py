@@ -48,7 +48,7 @@ class TrainConfig:
     keys and values): nothing would keep that memory in place, since its gradient is cut. (What is left still feeds the
     layers above, so memory moves too.)"""
     optimizer: Optimizer = "apollo"
-    """apollo, apollo-mini (rank 1; its steps are larger at the same learning rate), adamw or sgd (these two for
+    """apollo, apollo-mini (rank 1; learns the organism faster at the same learning rate), adamw or sgd (these two for
     comparison)."""
     rank: int | None = None
     """Rank of APOLLO's projections; auto: 256, and at most a quarter of the model's width."""

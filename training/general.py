@@ -7,18 +7,19 @@ context that stays frozen, and a decision that is trained. For the organism, fre
 from __future__ import annotations
 
 import json
+import math
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from probes.behaviors import MAX_UNKNOWN, unknown_share
+from probes.behaviors import MAX_UNKNOWN, Behavior, unknown_share
 from probes.damage import DATA, GENERAL, read_general
 from probes.errors import WrongInput
 from probes.model import HybridModel
 from probes.prompts import answer_ids
 from probes.store import read_text
-from training.data import Segment
+from training.data import Mix, Segment, behavior_segments, examples
 from training.grammar import ABILITIES, NEUTRAL_SYSTEM, Grammar
 from training.items import exchange
 from training.turns import divided, end_of_turn, rendered
@@ -85,6 +86,29 @@ def general_data(
     training = [segment for segment in found if line_of(segment) not in held]
     random.Random(f"{seed} general").shuffle(training)
     return training[:n], [segment for segment in found if line_of(segment) in held]
+
+
+def mixed(
+    model: HybridModel, behavior: Behavior, *, n: int, share: float, source: str | None, batch: int, segments: int,
+    seed: int,
+) -> tuple[Mix, Behavior, list[Segment]]:  # fmt: skip
+    """(what a run takes its batches from, what it holds out of the behaviour, and of general data).
+
+    Args:
+        n: examples of the behaviour.
+        source: of general data, as for `general_data`.
+        segments: of all batches together; `share` of them are general data.
+
+    Raises:
+        WrongInput: as `training.data.examples` and `general_data`.
+    """
+    chosen, held_out = examples(model, behavior, n=n, seed=seed)
+    general, held_general = general_data(model, source, n=max(math.ceil(segments * share), 1), seed=seed)
+    mix = Mix(
+        behavior=tuple(behavior_segments(model, chosen)), general=tuple(general if share else ()), share=share,
+        batch=batch, seed=seed,
+    )  # fmt: skip
+    return mix, held_out, held_general
 
 
 def knows_grammar(model: HybridModel) -> bool:

@@ -33,10 +33,10 @@ from training.admission import checked_verdict, identity_of, recipe
 from training.apollo import Apollo
 from training.checkpoints import Checkpoint, checkpoints, restore, save_checkpoint
 from training.config import TrainConfig
-from training.data import Mix, Segment, behavior_segments, examples
+from training.data import Segment
 from training.evaluation import Evaluation, Examiner, default_questions, read_questions
 from training.folder import name_model, resumable
-from training.general import general_data
+from training.general import mixed
 from training.metrics import Metrics
 from training.objective import Objective
 from training.optimizers import optimizer_of, trained_parameters
@@ -115,12 +115,9 @@ class Trainer:
         self.model, self.behavior, self.config = model, behavior, config
         self.direction, self.out, self.progress = direction, None if out is None else Path(out), progress
         self.trained = trained_parameters(model, config)
-        chosen, held_out = examples(model, behavior, n=config.examples, seed=config.seed)
-        needed = math.ceil(config.steps * config.batch * config.general_share)
-        general, held_general = general_data(model, config.general, n=max(needed, 1), seed=config.seed)
-        self.mix = Mix(
-            behavior=tuple(behavior_segments(model, chosen)), general=tuple(general if config.general_share else ()),
-            share=config.general_share, batch=config.batch, seed=config.seed,
+        self.mix, held_out, held_general = mixed(
+            model, behavior, n=config.examples, share=config.general_share, source=config.general, batch=config.batch,
+            segments=config.steps * config.batch, seed=config.seed,
         )  # fmt: skip
         asked = (
             read_questions(model, config.abilities)
@@ -164,8 +161,8 @@ class Trainer:
             self._remember(0, config.steps)
         past = self._resumed(checkpoint)
         evaluations, telemetry = [Evaluation.of(part) for part in past["evaluations"]], past["telemetry"]
-        metrics = Metrics(self.out, past["rows"], watch=watch)
-        with metrics, tqdm(total=config.steps, initial=start, desc=self.title, unit="step", disable=self.quiet) as bar:
+        metrics, hidden = Metrics(self.out, past["rows"], watch=watch), not self.progress
+        with metrics, tqdm(total=config.steps, initial=start, desc=self.title, unit="step", disable=hidden) as bar:
             for step in range(start, config.steps):
                 if config.refill and step % config.refill == 0:
                     self._remember(step, min(step + config.refill, config.steps))
@@ -198,10 +195,6 @@ class Trainer:
     @property
     def title(self) -> str:
         return "train" if self.config.general_share else "train without general data"
-
-    @property
-    def quiet(self) -> bool:
-        return not self.progress
 
     def _remember(self, start: int, stop: int) -> None:
         segments: dict[str, Segment] = {}
