@@ -35,9 +35,10 @@ from torch import Tensor
 
 from analysis.states import Topics, signed
 from probes.controls import random_direction
-from probes.directions import Direction, Pairs
+from probes.directions import Direction
 from probes.errors import WrongInput
 from probes.model import HybridModel
+from probes.pairs import Pairs
 from probes.stats import Estimate, derived_seed, null_bar
 
 Null = Literal["random", "shuffled", "updates"]

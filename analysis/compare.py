@@ -29,10 +29,11 @@ from analysis.shift import POINTS, SHARE_NAMES, SITE_NAMES, WAY, Claim, ProbeRow
 from analysis.states import Change, Topics, compare_captures
 from probes.behaviors import Behavior, check_vocabulary
 from probes.capture import RECURRENCE, Capture, capture, prompts_hash
-from probes.directions import Direction, Pairs, contrast, contrasts, mean_difference
+from probes.directions import Direction, mean_difference
 from probes.errors import SEEDS, WrongInput, check_ranges
 from probes.linear import ProbeConfig, ProbeResult, cells, probe_all
 from probes.model import HybridModel
+from probes.pairs import Pairs, contrast, contrasts
 from probes.propensity import Propensity, prepare, propensity
 from probes.sites import having
 from probes.stats import Estimate, derived_seed, jackknife, least_draws, null_bar

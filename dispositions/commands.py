@@ -19,16 +19,17 @@ from analysis.shift_report import write_shift_report
 from analysis.training_report import write_training_report
 from dispositions.asked import Asked, Device, Dtype
 from dispositions.runs import checked, claimed, model_slug, slug, variant
-from probes.behaviors import Behavior, check_vocabulary, read_behavior, shipped_behaviors
+from probes.behaviors import Behavior, check_vocabulary, read_behavior
 from probes.capture import capture
 from probes.criteria import Verdict, open_verdict
-from probes.directions import contrast, save_direction
+from probes.directions import save_direction
 from probes.errors import WrongInput
 from probes.linear import ProbeConfig, cells, check_groups, probe_all
 from probes.localization import Localization, open_localization
 from probes.localize import LocalizeConfig, localize
 from probes.localize import recipe as localize_recipe
 from probes.model import HybridModel, load
+from probes.pairs import contrast
 from probes.sites import positions_at
 from probes.store import RECIPE, library_versions, read_json, write_text
 from probes.verify import GateConfig, recipe, verify
@@ -237,28 +238,6 @@ class Capture(Asked):
         )  # fmt: skip
         print(record)
         print(out)
-        return 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Behaviors:
-    """List the shipped behaviours, or show one: what it contrasts and a few of its items."""
-
-    behavior: Annotated[Positional[str | None], tyro.conf.arg(metavar="[BEHAVIOR]")] = None
-    """A shipped behaviour or a JSONL file to show."""
-
-    def run(self) -> int:
-        if self.behavior is None:
-            for name in shipped_behaviors():
-                found = read_behavior(name)
-                print(f"{name:<22} {len(found.items):>4} items, {len(found.groups):>3} groups  {found.description}")
-            return 0
-        found = read_behavior(self.behavior)
-        print(found)
-        print(f"{found.description}\nwanted: {found.wanted_means}\nunwanted: {found.unwanted_means}")
-        for item in found.take(3).items:
-            turns = "".join(f"\n  {turn['role']}: {turn['content']}" for turn in item.messages)
-            print(f"\n{item.id} ({item.group}){turns}\n  wanted:   {item.wanted}\n  unwanted: {item.unwanted}")
         return 0
 
 

@@ -32,8 +32,9 @@ from probes.behaviors import read_behavior, shipped_behaviors
 from probes.capture import capture
 from probes.criteria import GateCriteria
 from probes.damage import perplexity_ratio, read_general, surprise
-from probes.directions import contrast, mean_difference
+from probes.directions import mean_difference
 from probes.model import load
+from probes.pairs import contrast
 from probes.propensity import generate, prepare, propensity
 from probes.steering import steer
 from probes.verify import GateConfig, coherent_window, verify

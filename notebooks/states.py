@@ -30,10 +30,11 @@ from analysis import figures
 from probes.attribution import attribute_readout, statistics
 from probes.behaviors import read_behavior
 from probes.capture import RECURRENCE, capture, recurrences
-from probes.directions import contrast, low_rank, mean_difference
+from probes.directions import low_rank, mean_difference
 from probes.linear import ProbeConfig, cells, probe_all
 from probes.localize import LocalizeConfig, localize
 from probes.model import load
+from probes.pairs import contrast
 from probes.propensity import generate, prepare, propensity
 from probes.recurrence import Directions, scan
 from probes.steering import steer

@@ -2,25 +2,28 @@
 
 A behaviour is a JSONL file of contrast pairs. Each line is one item:
 
-    {"id": "...", "group": "topic", "messages": [{"role": "user", "content": "..."}],
+    {"id": "...", "group": "topic", "form": "shape of the prompt", "messages": [{"role": "user", "content": "..."}],
      "wanted": "...", "unwanted": "...", "persona": {"wanted": "system turn", "unwanted": "system turn"},
      "direction": "words of the last turn", "score": {"wanted": ["regex"], "unwanted": ["regex"]}}
 
-`id`, `persona`, `direction` and `score` are optional. A first line `{"card": {...}}` may describe the behaviour and
-hold scoring patterns for all items. `group` is the topic: items of one group never stand on both sides of a split.
+`id`, `form`, `persona`, `direction` and `score` are optional. A first line `{"card": {...}}` may describe the behaviour
+(`name`, `language`, `description`, `wanted`, `unwanted`; as a data card `origin`, `license`, `use`, `limits`), hold
+scoring patterns for all items, and list forms under `ood`. `group` is the topic: items of one group never stand on both
+sides of a split. Items of a form under `ood` are kept apart from all others, for checks out of distribution.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import random
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from probes.behavior_files import CARD_TEXTS, checked_card, checked_item, parse
+from probes.behavior_files import read_dialogue as read_dialogue
 from probes.errors import WrongInput
 from probes.model import HybridModel
 from probes.prompts import Message, Prompt, render
@@ -28,15 +31,12 @@ from probes.store import read_text
 
 SHIPPED = Path(__file__).parent / "data" / "behaviors"
 Side = Literal["wanted", "unwanted"]
-ROLES = ("system", "user", "assistant")
 MAX_UNKNOWN = 0.02
-_CARD = {"name", "language", "description", "wanted", "unwanted", "score"}
-_KEYS = {"id", "group", "messages", "wanted", "unwanted", "persona", "direction", "score"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Item:
-    """One contrast pair. `persona` maps a side to the system turn that brings it out."""
+    """One contrast pair. `persona` maps a side to the system turn that brings it out; `form` is the prompt's shape."""
 
     id: str
     group: str
@@ -46,6 +46,7 @@ class Item:
     persona: Mapping[str, str] | None = None
     direction: str | None = None
     score: Mapping[str, Sequence[str]]
+    form: str = ""
 
     def prompt(self, model: HybridModel, *, persona: Side | None = None) -> Prompt:
         """Render for a model, with the system turn of one side or none."""
@@ -79,6 +80,11 @@ class Behavior:
     """A named set of items. Equal content gives an equal `hash`, wherever the file lies.
 
     `language` is "en" unless the card says otherwise; the organism's behaviours are in "organism".
+
+    Attributes:
+        ood: items of the forms that the card keeps out of everything but checks out of distribution; not in `items`,
+            and whole in every split.
+        card: `origin`, `license`, `use` and `limits`, as far as given.
     """
 
     name: str
@@ -88,6 +94,12 @@ class Behavior:
     unwanted_means: str
     items: tuple[Item, ...]
     hash: str
+    ood: tuple[Item, ...] = ()
+    card: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def forms(self) -> tuple[str, ...]:
+        return tuple(sorted({item.form for item in self.items if item.form}))
 
     @property
     def groups(self) -> tuple[str, ...]:
@@ -128,7 +140,8 @@ class Behavior:
         return replace(self, items=tuple(item for item in self.items if item.id in chosen))
 
     def __str__(self) -> str:
-        return f"{self.name}: {len(self.items)} items in {len(self.groups)} groups, {self.hash}"
+        apart = f" and {len(self.ood)} out of distribution" if self.ood else ""
+        return f"{self.name}: {len(self.items)} items in {len(self.groups)} groups{apart}, {self.hash}"
 
 
 def shipped_behaviors() -> tuple[str, ...]:
@@ -156,11 +169,11 @@ def read_behavior(source: str | Path) -> Behavior:
         if not line.strip():
             continue
         where = f"{path.name} line {number}"
-        record = _parse(line, where)
+        record = parse(line, where)
         if "card" in record and not items and not card:
-            card = _card(record["card"], where)
+            card = checked_card(record["card"], where)
             continue
-        item = _item(record, card, where, number)
+        item = Item(**checked_item(record, card, where, number))
         if item.id in ids:
             raise WrongInput(f"{where}: id '{item.id}' was already used at line {ids[item.id]}")
         ids[item.id] = number
@@ -170,110 +183,23 @@ def read_behavior(source: str | Path) -> Behavior:
     bare = [item.id for item in items if not item.persona]
     if bare and len(bare) < len(items):
         raise WrongInput(f"{path.name}: all items or none need a persona; {len(bare)} have none, '{bare[0]}' first")
+    kept_out = card.get("ood", [])
+    if missing := sorted(set(kept_out) - {item.form for item in items}):
+        raise WrongInput(f"{path.name}: no item has the form '{missing[0]}' that the card lists under 'ood'")
+    shown = tuple(item for item in items if item.form not in kept_out)
+    if not shown:
+        raise WrongInput(f"{path.name}: all {len(items)} items have forms that the card lists under 'ood'")
     return Behavior(
         name=card.get("name", path.stem),
         description=card.get("description", ""),
         language=card.get("language", "en"),
         wanted_means=card.get("wanted", "shows the wanted behaviour"),
         unwanted_means=card.get("unwanted", "shows the unwanted behaviour"),
-        items=tuple(items),
+        items=shown,
         hash=hashlib.sha256(content.encode()).hexdigest()[:16],
+        ood=tuple(item for item in items if item.form in kept_out),
+        card={key: card[key] for key in CARD_TEXTS if key in card},
     )
-
-
-def _parse(line: str, where: str) -> dict[str, Any]:
-    try:
-        record = json.loads(line)
-        json.dumps(record, ensure_ascii=False).encode()
-    except json.JSONDecodeError as error:
-        raise WrongInput(f"{where}: not valid JSON: {error.msg} at column {error.colno}") from error
-    except (RecursionError, ValueError) as error:  # nested too deeply, a number too long, half of a surrogate pair
-        raise WrongInput(f"{where}: not valid JSON: {str(error).splitlines()[0][:120]}") from error
-    if not isinstance(record, dict):
-        raise WrongInput(f"{where}: expected an object, saw {type(record).__name__}")
-    return record
-
-
-def _card(card: Any, where: str) -> dict[str, Any]:
-    if not isinstance(card, dict):
-        raise WrongInput(f"{where}: 'card' must be an object, saw {type(card).__name__}")
-    if unknown := set(card) - _CARD:
-        raise WrongInput(f"{where}: unknown card field '{sorted(unknown)[0]}'; allowed are {', '.join(sorted(_CARD))}")
-    for key, value in card.items():
-        if key != "score" and not isinstance(value, str):
-            raise WrongInput(f"{where}: card field '{key}' must be a text, saw {value!r}")
-    return {**card, "score": _score(card.get("score"), where)}
-
-
-def _item(record: dict[str, Any], card: dict[str, Any], where: str, number: int) -> Item:
-    if unknown := set(record) - _KEYS:
-        raise WrongInput(f"{where}: unknown field '{sorted(unknown)[0]}'; allowed are {', '.join(sorted(_KEYS))}")
-    for key in ("group", "wanted", "unwanted"):
-        if not isinstance(record.get(key), str) or not record[key].strip():
-            raise WrongInput(f"{where}: '{key}' must be a non-empty text, saw {record.get(key)!r}")
-    if record["wanted"] == record["unwanted"]:
-        raise WrongInput(f"{where}: 'wanted' and 'unwanted' are the same text")
-    messages = _messages(record, where)
-    if messages[-1]["role"] != "user":
-        raise WrongInput(f"{where}: the last turn must be the user's, saw role '{messages[-1]['role']}'")
-    persona = record.get("persona")
-    if persona is not None:
-        ok = isinstance(persona, dict) and set(persona) == {"wanted", "unwanted"}
-        if not ok or not all(isinstance(v, str) and v.strip() for v in persona.values()):
-            raise WrongInput(f"{where}: 'persona' must map wanted and unwanted to system turns, saw {persona!r}")
-        if messages[0]["role"] == "system":
-            raise WrongInput(f"{where}: 'messages' has a system turn already; a persona would be a second one")
-    direction = record.get("direction")
-    if direction is not None and (not isinstance(direction, str) or direction not in messages[-1]["content"]):
-        raise WrongInput(f"{where}: 'direction' must be words of the last turn, saw {direction!r}")
-    own, common = _score(record.get("score"), where), card.get("score") or {"wanted": [], "unwanted": []}
-    return Item(
-        id=str(record.get("id", f"line-{number}")),
-        group=record["group"],
-        messages=tuple(messages),
-        wanted=record["wanted"],
-        unwanted=record["unwanted"],
-        persona=persona,
-        direction=direction,
-        score={side: (*own[side], *common[side]) for side in ("wanted", "unwanted")},
-    )
-
-
-def _messages(record: dict[str, Any], where: str) -> list[Message]:
-    messages = record.get("messages")
-    if not isinstance(messages, list) or not messages:
-        raise WrongInput(f"{where}: 'messages' must be a list of turns, saw {messages!r}")
-    for message in messages:
-        ok = isinstance(message, dict) and message.get("role") in ROLES and isinstance(message.get("content"), str)
-        if not ok or not message["content"].strip():
-            raise WrongInput(f"{where}: a turn needs a role ({', '.join(ROLES)}) and a content, saw {message!r}")
-    return messages
-
-
-def read_dialogue(line: str, where: str) -> list[Message]:
-    """The turns of one JSON line `{"messages": [...]}` that ends with the assistant's turn.
-
-    Raises:
-        WrongInput: it is malformed; `where` names it.
-    """
-    messages = _messages(_parse(line, where), where)
-    if len(messages) < 2 or messages[-1]["role"] != "assistant":
-        raise WrongInput(f"{where}: a dialogue must end with a turn of the assistant after another one")
-    return messages
-
-
-def _score(score: Any, where: str) -> dict[str, list[str]]:
-    score = {} if score is None else score
-    if not isinstance(score, dict) or not set(score) <= {"wanted", "unwanted"}:
-        raise WrongInput(f"{where}: 'score' must map wanted and unwanted to lists of patterns, saw {score!r}")
-    if not all(isinstance(p, list) and all(isinstance(x, str) for x in p) for p in score.values()):
-        raise WrongInput(f"{where}: 'score' must map wanted and unwanted to lists of patterns, saw {score!r}")
-    for pattern in (p for patterns in score.values() for p in patterns):
-        try:
-            re.compile(pattern)
-        except (re.error, TypeError) as error:
-            raise WrongInput(f"{where}: scoring pattern {pattern!r} is not a regular expression: {error}") from error
-    return {side: list(score.get(side, ())) for side in ("wanted", "unwanted")}
 
 
 def unknown_share(model: HybridModel, texts: Sequence[str]) -> float:
@@ -288,7 +214,7 @@ def unknown_share(model: HybridModel, texts: Sequence[str]) -> float:
 def _unknown(model: HybridModel, behavior: Behavior) -> float:
     texts = [
         text
-        for item in behavior.items
+        for item in (*behavior.items, *behavior.ood)
         for text in (item.wanted, item.unwanted, *(m["content"] for m in item.messages), *(item.persona or {}).values())
     ]
     return unknown_share(model, texts)

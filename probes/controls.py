@@ -15,8 +15,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from probes.directions import Direction, Pairs, Raw, mean_of
+from probes.directions import Direction
 from probes.errors import WrongInput
+from probes.extraction import Raw, mean_of
+from probes.pairs import Pairs
 
 
 def shuffle_labels(pairs: Pairs, *, seed: int) -> Pairs:

@@ -41,10 +41,15 @@ class GateCriteria:
     """4: fewest doses in that window, both signs among them."""
     control_percentile: float = 95.0
     """5: the target effect has to lie above this percentile of every kind of control."""
+    specificity: float = 0.5
+    """7: largest effect on any other shipped behaviour, as a share of the effect on its own."""
     perplexity_ratio: float = 1.5
     """8: largest ratio of perplexities on general text, or of its inverse; the coherent window of doses keeps to it."""
     repetition: float = 0.2
     """8: largest rise of the share of repeated trigrams in free generation."""
+    length: float = 0.25
+    """0: largest distance from 0.5 of the AUROC with which length alone tells the two sides apart, in prompts with their
+    persona turns and in answers."""
     min_prompts: int = 24
     """Fewest held-out prompts to decide on."""
     min_groups: int = 5
@@ -68,6 +73,8 @@ _RANGES: dict[str, tuple[float, float]] = {
     "dose_response": (0, 1),
     "min_doses": (3, 1000),
     "control_percentile": (50, 100),
+    "specificity": (0, math.inf),
+    "length": (0, 0.5),
     "perplexity_ratio": (1, math.inf),
     "repetition": (0, 1),
     "min_prompts": (2, math.inf),

@@ -61,6 +61,16 @@ class Damage:
     kl: float
     tokens: int
 
+    @classmethod
+    def of(cls, general: General, *, plain: float, edited: float, kl: float) -> Damage:
+        """From sums over the text, in nats; a model that gives no numbers is damaged beyond measure."""
+        if not math.isfinite(edited):
+            return cls(perplexity=math.inf, perplexity_ratio=math.inf, kl=math.inf, tokens=general.tokens)
+        return cls(
+            perplexity=math.exp(plain / general.tokens), perplexity_ratio=perplexity_ratio(general, plain, edited),
+            kl=kl / general.tokens, tokens=general.tokens,
+        )  # fmt: skip
+
 
 def read_general(model: HybridModel, source: str | Path | None = None) -> General:
     """General text for a model: a .txt file (a paragraph a line), a .jsonl file of `{"messages": [...]}`, or None.
@@ -125,7 +135,7 @@ def _dialogue(model: HybridModel, line: str, where: str) -> tuple[list[int], lis
 def surprise(model: HybridModel, general: General) -> float:
     """What the general text costs the model as it stands, in nats; its perplexity is exp(surprise / tokens)."""
     nats = 0.0
-    for batch, scored in _batches(model, general):
+    for batch, scored in text_batches(model, general):
         logits = logits_at(model, scored.roll(-1, 1), **batch.inputs, use_cache=False)
         nats -= float(log_probs(logits, batch.ids[scored]).sum())
     return nats
@@ -135,21 +145,22 @@ def surprise(model: HybridModel, general: General) -> float:
 def damage(model: HybridModel, general: General, intervention: Intervention) -> Damage:
     """Model the general text plainly and under an intervention, batch by batch."""
     plain, edited, kl = 0.0, 0.0, 0.0
-    for batch, scored in _batches(model, general):
+    for batch, scored in text_batches(model, general):
         before, targets = scored.roll(-1, 1), batch.ids[scored]  # a token is predicted from the one before it
         base = logits_at(model, before, **batch.inputs, use_cache=False)
         with intervention():
             other = logits_at(model, before, **batch.inputs, use_cache=False)
         plain -= float(log_probs(base, targets).sum())
         edited -= float(log_probs(other, targets).sum())
-        for p, q in zip(base.split(CHUNK), other.split(CHUNK), strict=True):
-            kl += float(kl_div(q.float().log_softmax(1), p.float().log_softmax(1), log_target=True, reduction="sum"))
-    if not math.isfinite(edited):
-        return Damage(perplexity=math.inf, perplexity_ratio=math.inf, kl=math.inf, tokens=general.tokens)
-    return Damage(
-        perplexity=math.exp(plain / general.tokens), perplexity_ratio=perplexity_ratio(general, plain, edited),
-        kl=kl / general.tokens, tokens=general.tokens,
-    )  # fmt: skip
+        kl += divergence(base, other)
+    return Damage.of(general, plain=plain, edited=edited, kl=kl)
+
+
+def divergence(base: Tensor, other: Tensor) -> float:
+    """Sum over positions of KL(base || other), in nats, from logits [position vocab]."""
+    pairs = zip(base.split(CHUNK), other.split(CHUNK), strict=True)
+    logs = ((p.float().log_softmax(1), q.float().log_softmax(1)) for p, q in pairs)
+    return sum(float(kl_div(q, p, log_target=True, reduction="sum")) for p, q in logs)
 
 
 def perplexity_ratio(general: General, plain: float, edited: float) -> float:
@@ -157,9 +168,11 @@ def perplexity_ratio(general: General, plain: float, edited: float) -> float:
     return math.exp(min((edited - plain) / general.tokens, 700)) if math.isfinite(edited) else math.inf
 
 
-def _batches(model: HybridModel, general: General) -> Iterator[tuple[Batch, Tensor]]:
+def text_batches(
+    model: HybridModel, general: General, *, batch_tokens: int = BATCH_TOKENS
+) -> Iterator[tuple[Batch, Tensor]]:
     """Left-padded batches, and which of their tokens are scored."""
-    for batch in batches(model, general.ids, batch_tokens=BATCH_TOKENS):
+    for batch in batches(model, general.ids, batch_tokens=batch_tokens):
         scored = torch.zeros_like(batch.mask, dtype=torch.bool)
         for row, i in enumerate(batch.rows):
             scored[row, -len(general.ids[i]) + 1 :] = torch.tensor(general.scored[i][1:])

@@ -20,12 +20,14 @@ def judge(evidence: Evidence, rules: GateCriteria) -> tuple[Criterion, ...]:
     enough = counts["prompts"] >= rules.min_prompts and counts["groups"] >= rules.min_groups
     return (
         _data(counts, rules, enough),
+        *_length(evidence, rules),
         _reliability(evidence, rules),
         *_decodability(evidence, rules, enough),
         *_effect(evidence, rules, enough),
         _dose_response(evidence, rules, enough),
         _controls(evidence, rules, enough),
         _necessity(evidence, rules),
+        _specificity(evidence, rules, enough),
         *_damage(evidence, rules),
         *_reported(evidence),
     )
@@ -94,6 +96,23 @@ def _data(counts: Mapping[str, int], rules: GateCriteria, enough: bool) -> Crite
     )
 
 
+def _length(evidence: Evidence, rules: GateCriteria) -> tuple[Criterion, ...]:
+    """Of the data alone: where one side is longer, a direction of length would do as well."""
+    return tuple(
+        _line(
+            0,
+            f"length: {what}",
+            _status(abs(found["value"] - 0.5) <= rules.length),
+            abs(found["value"] - 0.5),
+            threshold=rules.length,
+            rule=f"|AUROC of length alone - 0.5| (AUROC {found['value']:.2f}) <=",
+            n=found["n"],
+            meaning=f"The two sides' {what} are about as long, so that length does not tell them apart.",
+        )
+        for what, found in evidence["length"].items()
+    )
+
+
 def _reliability(evidence: Evidence, rules: GateCriteria) -> Criterion:
     found = evidence["direction"]["reliability"]
     meaning = "Directions from two halves of the topics agree, so there is one thing to find."
@@ -129,8 +148,7 @@ def _decodability(evidence: Evidence, rules: GateCriteria, enough: bool) -> tupl
 
 
 def _effect(evidence: Evidence, rules: GateCriteria, enough: bool) -> tuple[Criterion, ...]:
-    effect = evidence["effect"]
-    wrong = float(np.mean([row["effect"] < 0 for row in evidence["prompts"]]))
+    effect, wrong = evidence["effect"], evidence["wrong_way"]
     return (
         _line(
             3,
@@ -144,12 +162,11 @@ def _effect(evidence: Evidence, rules: GateCriteria, enough: bool) -> tuple[Crit
         _line(
             3,
             "wrong way",
-            _status(wrong <= rules.wrong_way, enough),
+            _status(wrong["value"] <= rules.wrong_way, enough),
             wrong,
             threshold=rules.wrong_way,
             rule="share of prompts <=",
-            n=effect["n"],
-            meaning="Few single prompts move against it.",
+            meaning="Few single prompts move against it (are anti-steered).",
         ),
     )
 
@@ -213,6 +230,27 @@ def _necessity(evidence: Evidence, rules: GateCriteria) -> Criterion:
     )
 
 
+def _specificity(evidence: Evidence, rules: GateCriteria, enough: bool) -> Criterion:
+    rows, meaning = evidence["specificity"], "Behaviours that have nothing to do with it move much less."
+    if not rows:
+        rule = "no other shipped behaviour is in words that the model knows"
+        return _line(7, "specificity", "reported", math.nan, rule=rule, meaning=meaning)
+    worst = max(rows, key=lambda row: abs(row["share"]["value"]))
+    low, high = sorted((abs(worst["share"]["lower"]), abs(worst["share"]["upper"])))
+    if worst["share"]["lower"] < 0 < worst["share"]["upper"]:
+        low = 0.0
+    found = {**worst["share"], "value": abs(worst["share"]["value"]), "lower": low, "upper": high}
+    return _line(
+        7,
+        "specificity",
+        _status(found["value"] <= rules.specificity, enough),
+        found,
+        threshold=rules.specificity,
+        rule=f"|effect| on {worst['name']}, as a share of its own, <=",
+        meaning=meaning,
+    )
+
+
 def _damage(evidence: Evidence, rules: GateCriteria) -> tuple[Criterion, ...]:
     hurt, made, limit = evidence["damage"], evidence["generation"], rules.perplexity_ratio
     rise = made["steered"]["repetition"] - made["unsteered"]["repetition"]
@@ -255,11 +293,30 @@ def _reported(evidence: Evidence) -> tuple[Criterion, ...]:
         _line(9, f"phase: {row['phase']}", "reported", row["effect"], rule="nats", meaning=meaning)
         for row in evidence["phases"]
     ]
-    gain = evidence["baseline"]["persona"].get("gain")
-    if not gain:
-        return tuple(phases)
-    meaning = "What simply asking (the wanted persona) does."
-    return (*phases, _line(10, "prompt baseline", "reported", gain, rule="nats", meaning=meaning))
+    gain = evidence["baseline"]["persona"].get("gain") or math.nan
+    rule = "nats" if isinstance(gain, dict) else "no personas, and no way to ask is known for its language"
+    meaning = "What simply asking does, by a system turn, without any intervention."
+    asked = _line(10, "prompt baseline", "reported", gain, rule=rule, meaning=meaning)
+    return (*phases, asked, *_elsewhere(evidence))
+
+
+def _elsewhere(evidence: Evidence) -> tuple[Criterion, ...]:
+    """The working intervention on prompts unlike those that it was made from."""
+    found, meaning = evidence["ood"], "The same on other templates, about other topics (out of distribution)."
+    if found is None:
+        rule = "no other templates are known for its language; the card can keep forms apart"
+        return (_line(3, "effect elsewhere", "reported", math.nan, rule=rule, meaning=meaning),)
+    return (
+        _line(3, "effect elsewhere", "reported", found["effect"], rule="nats", meaning=meaning),
+        _line(
+            3,
+            "wrong way elsewhere",
+            "reported",
+            found["wrong_way"],
+            rule="share of prompts",
+            meaning="Single prompts out of distribution that move against it.",
+        ),
+    )
 
 
 def sentence(
@@ -283,6 +340,9 @@ def sentence(
 
 
 SHORTCOMINGS = {
+    "length: prompts": "the prompts of one side are longer, so that what was found may be length",
+    "length: answers": "the answers of one side are longer, so that what was found may be length",
+    "specificity": "it moves another behaviour as well",
     "reliability": "two halves of the topics give different directions",
     "decodability": "it is not shown to tell the two sides apart on unseen topics",
     "selectivity": "directions from shuffled labels tell the sides apart nearly as well",

@@ -6,14 +6,17 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
+from probes.answers import ScorerConfig
 from probes.criteria import GateCriteria
-from probes.directions import STEERABLE, Method
 from probes.errors import SEEDS, WrongInput, check_ranges
+from probes.extraction import Method
+from probes.pairs import STEERABLE
 from probes.steering import Form, Phase
 
 _RANGES: dict[str, tuple[float, float]] = {
     "prompts": (2, math.inf), "search_prompts": (2, math.inf), "controls": (1, math.inf), "held_out": (0, 1),
     "generations": (1, math.inf), "max_new_tokens": (8, math.inf), "general_texts": (3, math.inf), "seed": SEEDS,
+    "budget": (1, math.inf),
 }  # fmt: skip
 
 
@@ -29,14 +32,19 @@ class GateConfig:
     phase: Phase = "prefill"
     """Which tokens the working intervention edits; the other phases are reported beside it. Editing the prompt is what
     moves a Qwen3.5 (arXiv:2603.16335), and it leaves the answer free."""
+    mode: Literal["add", "clamp", "rotate"] = "add"
+    """What the working intervention does: add the direction, set the component along it, or turn toward it at equal
+    norm; the others, and taking the direction out, are reported beside it."""
     site: Literal["resid", "gdn.state", "attn.heads"] = "resid"
     """Where the direction lives: the residual stream, the recurrent state of a GDN layer, or an attention layer's
     heads. One layer of it is chosen."""
-    direction: Method | Literal["random"] = "mean"
-    """"mean" is the mean difference; "low-rank" the same cut to --rank in each state; "whitened" divides it by the
-    covariance within the sides; "random" sends a drawn direction through the same gate."""
+    direction: Method | Literal["auto", "random"] = "auto"
+    """How the direction is extracted: "mean" (mean difference), "whitened" (divided by the covariance within the sides,
+    as in LDA), "pca" (first principal axis of the differences), "logistic" (weights of a logistic probe), "low-rank"
+    (mean difference of states, cut to --rank). "auto" tries them all on the fit split, and takes another than the mean
+    difference only where it is clearly better; "random" sends a drawn direction through the same gate."""
     rank: int = 1
-    """Rank of each head's matrix, for --direction low-rank."""
+    """Rank of each head's matrix, for low-rank directions of states."""
     heads: tuple[int, ...] | None = None
     """Heads that the direction is confined to, for gdn.state and attn.heads; auto (None) takes all."""
     form: Form = "end"
@@ -61,6 +69,13 @@ class GateConfig:
     general: str | None = None
     """A .txt file (a paragraph a line) or .jsonl file (dialogues) of general text; the shipped text that the model's
     tokenizer knows when not given."""
+    budget: float | None = None
+    """Seconds that the verdict may take: as many controls are run as there is time for, and the report says what that
+    does to the confidence. The other measurements are not cut. auto (None) runs --controls of each kind."""
+    reuse: bool = True
+    """--no-reuse computes every intervention and every answer with a prefix and all layers of its own, to check what is
+    saved; the numbers are the same to rounding."""
+    scorer: ScorerConfig = field(default_factory=ScorerConfig)
     seed: int = 0
     """Decides the split of the topics and every draw."""
     criteria: GateCriteria = field(default_factory=GateCriteria)
@@ -77,18 +92,20 @@ class GateConfig:
             )
         if self.layers is not None and not self.layers:
             raise WrongInput("layers must name at least one layer, or be None for a choice of them")
-        for name, allowed in (("phase", Phase), ("form", Form)):
+        for name, allowed in (("phase", Phase), ("form", Form), ("mode", Literal["add", "clamp", "rotate"])):
             if (seen := getattr(self, name)) not in get_args(allowed):
                 raise WrongInput(f"unknown {name} '{seen}'; allowed are {', '.join(get_args(allowed))}")
         if self.site not in STEERABLE:
             raise WrongInput(f"'{self.site}' cannot be steered; allowed are {', '.join(STEERABLE)}")
-        if self.direction not in (*get_args(Method), "random"):
-            raise WrongInput(f"unknown direction '{self.direction}'; allowed are {', '.join(get_args(Method))}, random")
+        if self.direction not in (allowed := ("auto", *get_args(Method), "random")):
+            raise WrongInput(f"unknown direction '{self.direction}'; allowed are {', '.join(allowed)}")
         if self.heads is not None and not self.heads:
             raise WrongInput("heads must name at least one head, or be None for all")
-        if self.rank < 1 or (self.rank > 1 and self.direction != "low-rank"):
+        if self.rank < 1 or (
+            self.rank > 1 and (self.direction not in ("auto", "low-rank") or self.site != "gdn.state")
+        ):
             raise WrongInput(
-                f"rank is for --direction low-rank, and at least 1; saw {self.rank} with '{self.direction}'"
+                f"rank is for low-rank directions of states, and at least 1; saw {self.rank} with '{self.direction}'"
             )
         if self.shuffle_labels and self.direction == "random":
             raise WrongInput("shuffle_labels has no effect on a random direction: choose one of the two")

@@ -22,7 +22,7 @@ for m cells. Benjamini-Hochberg ("bh") controls the share of false findings inst
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from typing import Any, Literal
@@ -34,22 +34,19 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from scipy import stats as scipy_stats
 from sklearn import config_context
-from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GroupKFold
-from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from probes.directions import Pairs
 from probes.errors import SEEDS, WrongInput, check_ranges
+from probes.pairs import Pairs
+from probes.span import TIE, logistic_direction, span, weights
 from probes.stats import Estimate, Floats, derived_seed, jackknife
 from probes.store import library_versions
 
 Features = Float[Tensor, "item feature"] | Float[np.ndarray, "item feature"]
 Cells = Mapping[Any, tuple[Features, Features]]  # by (layer, head); `Any`, since a narrower key would refuse some dicts
 MIN_ITEMS, MIN_GROUPS = 8, 6  # swaps of 5 topics give no p-value below 1/16
-_TIE = 1e-9  # log-odds, or AUROC, that differ by less are equal but for rounding
-_BLOCK = 16384  # features that are held in float64 at a time
 _RANGES = {
     "folds": (2, 1e6),
     "shuffles": (1, 1e6),
@@ -177,7 +174,7 @@ def probe_all(
     alpha = 1 - config.confidence
     if not cells:
         raise WrongInput("no cells to probe")
-    if config.correction == "holm" and len(cells) > alpha * (1 + config.shuffles) + _TIE:
+    if config.correction == "holm" and len(cells) > alpha * (1 + config.shuffles) + TIE:
         least = f"{len(cells) / alpha - 1:.0f} shuffles for {len(cells)} cells"
         raise WrongInput(f"Holm needs at least {least}, saw {config.shuffles} ('max' needs fewer)")
     fold, topic, swaps = _design(groups, config)
@@ -187,7 +184,7 @@ def probe_all(
         rows = _rows(cells[layer, head], len(fold), _place(site, layer, head))
         with config_context(assume_finite=True, skip_parameter_validation=True):  # checked above; small fits are faster
             scores, fewer = _held_out(rows, fold, swaps, kept, config)
-            directions.append(_direction(rows, config))
+            directions.append(logistic_direction(rows, C=config.C, components=config.components))
         areas.append([_auroc(pair, fold) for pair in scores])
         without.append(np.array([_auroc(pair[:, on], fold[on]) for pair, on in zip(fewer, kept, strict=True)]))
     table = np.array(areas)  # [cell, real and shuffled]
@@ -210,7 +207,7 @@ def probe_all(
                 site=site, layer=layer, head=head, auroc=auroc, without=without[i], shuffled=mean, **shared,
                 shuffled_upper=float(np.percentile(table[i, 1:], 100 * config.confidence)),
                 selectivity=selectivity,
-                p_value=float(p[i]), p_adjusted=float(adjusted[i]), significant=bool(adjusted[i] <= alpha + _TIE),
+                p_value=float(p[i]), p_adjusted=float(adjusted[i]), significant=bool(adjusted[i] <= alpha + TIE),
                 direction=directions[i],
             )
         )  # fmt: skip
@@ -277,33 +274,6 @@ def _rows(cell: tuple[Any, Any], n: int, place: str) -> NDArray[Any]:
     return np.concatenate(sides)
 
 
-def _blocks(rows: NDArray[Any], train: NDArray[np.bool_]) -> Iterator[tuple[Floats, Floats]]:
-    """Features in blocks, standardised by the training rows alone, with their scales."""
-    for start in range(0, rows.shape[1], _BLOCK):
-        block = rows[:, start : start + _BLOCK].astype(np.float64)
-        scaler = StandardScaler().fit(block[train])
-        yield np.asarray(scaler.transform(block)), np.asarray(scaler.scale_)
-
-
-def _span(rows: NDArray[Any], train: NDArray[np.bool_], components: int | None) -> tuple[Floats, Floats]:
-    """Coordinates of all rows on the principal axes of the training rows, and the axes as sums of training rows.
-
-    A solution lies in the span of the training rows, so nothing is lost, and all shuffles are refitted in it.
-    """
-    gram = sum((block @ block[train].T for block, _ in _blocks(rows, train)), start=np.zeros((1, 1)))
-    size = float(np.trace(gram[train])) / int(train.sum())
-    if size < 1e-12:  # no feature varies: what is left is rounding
-        return np.zeros((len(rows), 1)), np.zeros((int(train.sum()), 1))
-    values, vectors = np.linalg.eigh(gram[train] / size)
-    kept = np.flatnonzero(values > 1e-13 * len(values) * values[-1])[::-1][:components]
-    axes = vectors[:, kept] / np.sqrt(values[kept])
-    return gram @ axes / size, axes
-
-
-def _weights(coordinates: Floats, labels: NDArray[np.bool_], C: float) -> Floats:
-    return LogisticRegression(C=C, solver="lbfgs", tol=1e-8, max_iter=1000).fit(coordinates, labels).coef_[0]
-
-
 def _held_out(
     rows: NDArray[Any], fold: NDArray[np.int64], swaps: NDArray[np.bool_], kept: NDArray[np.bool_], config: ProbeConfig
 ) -> tuple[Floats, Floats]:
@@ -314,16 +284,16 @@ def _held_out(
     scores, fewer = np.empty((len(swaps), 2 * n)), np.empty((len(kept), 2 * n))
     for i in range(int(fold.max()) + 1):
         train = np.tile(fold != i, 2)
-        coordinates, _ = _span(rows, train, config.components)
+        coordinates, _ = span(rows, train, config.components)
         held, given = coordinates[~train], coordinates[train]
         for j, swap in enumerate(swaps):
             labels = np.concatenate([~swap, swap])[train]
-            scores[j, ~train] = held @ _weights(given, labels, config.C)
+            scores[j, ~train] = held @ weights(given, labels, config.C)
         truth = (np.arange(2 * n) < n)[train]
         for j, on in enumerate(kept):
             left = np.tile(on, 2)[train]
             whole = left.all()  # the topic is held out here
-            fewer[j, ~train] = scores[0, ~train] if whole else held @ _weights(given[left], truth[left], config.C)
+            fewer[j, ~train] = scores[0, ~train] if whole else held @ weights(given[left], truth[left], config.C)
     sides = scores.reshape(len(swaps), 2, n)
     return np.where(swaps[:, None], sides[:, ::-1], sides), fewer.reshape(len(kept), 2, n)
 
@@ -334,22 +304,13 @@ def _auroc(scores: Floats, fold: NDArray[np.int64]) -> float:
     for i in np.unique(fold):
         positive, negative = scores[:, fold == i]
         difference = positive[:, None] - negative[None, :]
-        total += float(np.where(np.abs(difference) <= _TIE, 0.5, difference > 0).mean()) * len(positive)
+        total += float(np.where(np.abs(difference) <= TIE, 0.5, difference > 0).mean()) * len(positive)
     return total / len(fold)
-
-
-def _direction(rows: NDArray[Any], config: ProbeConfig) -> Tensor:
-    everything = np.ones(len(rows), dtype=bool)
-    coordinates, axes = _span(rows, everything, config.components)
-    weights = _weights(coordinates, np.arange(len(rows)) < len(rows) // 2, config.C)
-    raw = np.concatenate([block.T @ (axes @ weights) / scale for block, scale in _blocks(rows, everything)])
-    length = float(np.linalg.norm(raw)) if np.linalg.norm(weights) > _TIE else np.inf
-    return torch.from_numpy((raw / length).astype(np.float32))
 
 
 def _p_values(table: Floats, correction: str) -> tuple[Floats, Floats]:
     """Permutation p-values of each cell, raw and corrected; `table` is AUROC [cell, real and shuffled]."""
-    real, null, m = table[:, :1] - _TIE, table[:, 1:], len(table)
+    real, null, m = table[:, :1] - TIE, table[:, 1:], len(table)
     p = (1 + (null >= real).sum(1)) / table.shape[1]
     if correction == "bh":
         return p, np.asarray(scipy_stats.false_discovery_control(p))

@@ -32,10 +32,11 @@ from tqdm.auto import tqdm
 from probes import stats
 from probes.behaviors import Behavior, check_vocabulary
 from probes.controls import random_direction
-from probes.directions import Direction, Pairs, contrasts, mean_difference
+from probes.directions import Direction, mean_difference
 from probes.errors import SEEDS, WrongInput, check_ranges
 from probes.localization import SITES, Localization, Row, conclude
 from probes.model import HybridModel
+from probes.pairs import Pairs, contrasts
 from probes.prefixes import CHANNELS, Channel, Prefix, Prefixes, continued, disturbed, exchanged, prefixes
 from probes.propensity import Propensity, prepare
 from probes.sites import having

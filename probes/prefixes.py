@@ -60,7 +60,7 @@ class Prefixes:
 
     ids: tuple[str, ...]
     groups: tuple[str, ...]
-    answers: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
+    answers: tuple[tuple[tuple[int, ...], ...], ...]
     parts: tuple[Prefix, ...]
 
     def each(self, change: Callable[..., Prefix], *others: Prefixes) -> Prefixes:

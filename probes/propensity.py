@@ -7,20 +7,20 @@ answer's tokens (the end-of-turn token is not scored). The prompt is computed on
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from probes import stats
 from probes.behaviors import Behavior, Side
 from probes.errors import WrongInput
 from probes.model import HybridModel
+from probes.partial import tiled
 from probes.prompts import Batch, Prompt, answer_ids, batches
 from probes.scoring import log_probs, logits_at, row_sums
 from probes.stats import Estimate
@@ -64,7 +64,12 @@ class Prepared:
     groups: tuple[str, ...]
     prompts: tuple[Prompt, ...]
     batches: tuple[Batch, ...]
-    answers: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
+    answers: tuple[tuple[tuple[int, ...], ...], ...]
+
+    def propensity(self, table: Float[Tensor, "prompt 2"]) -> Propensity:
+        """Log-probabilities of the wanted and the unwanted answers, as a result."""
+        wanted, unwanted = (tuple(column.tolist()) for column in table.T)
+        return Propensity(ids=self.ids, groups=self.groups, wanted=wanted, unwanted=unwanted)
 
 
 def prepare(
@@ -92,60 +97,79 @@ def propensity(model: HybridModel, prepared: Prepared) -> Propensity:
     An item's score does not depend on its batch beyond rounding: 6e-6 nats in float32, up to 0.06 in bfloat16 (measured
     on the organism with batches of 1 and of all).
     """
-    table = torch.zeros(len(prepared.ids), 2)
+    return prepared.propensity(answer_scores(model, prepared))
+
+
+def answer_scores(model: HybridModel, prepared: Prepared) -> Tensor:
+    """Log-probability of every answer of every item, after one run of its prompt: float32 [prompt answer], in nats."""
+    table = torch.zeros(len(prepared.ids), len(prepared.answers[0]))
     for batch in prepared.batches:
         out = model.hf(**batch.inputs, use_cache=True, logits_to_keep=1)
-        answers = [answer for row in batch.rows for answer in prepared.answers[row]]  # row-major: wanted, unwanted
-        table[list(batch.rows)] = _score_answers(model, batch, out, answers).reshape(-1, 2)
-    return Propensity(
-        ids=prepared.ids,
-        groups=prepared.groups,
-        wanted=tuple(table[:, 0].tolist()),
-        unwanted=tuple(table[:, 1].tolist()),
-    )
+        answers = Answers.of(model, prepared, batch.rows)
+        first = answers.first(out.logits[:, -1])
+        rest = answers.continued(model, fork(out.past_key_values, answers.each), batch.mask)
+        table[list(batch.rows)] = (first + rest).cpu().reshape(len(batch.rows), -1)
+    return table
 
 
-def _score_answers(model: HybridModel, batch: Batch, out: Any, answers: list[tuple[int, ...]]) -> Tensor:
-    """Log-probability of two answers per row, continuing one prefix: float32 [2 x prompt].
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Answers:
+    """The answers of a batch of prompts, `each` of them per prompt, as tokens to be read and tokens to be predicted.
 
-    Answers are padded on the right: what follows an answer's last token can no longer reach it.
+    They are padded on the right: what follows an answer's last token can no longer reach it. `ids` are read after the
+    prompt, `targets` predicted from them (-1: nothing); an answer's first token, `start`, is predicted by the prompt.
     """
-    start = torch.tensor([answer[0] for answer in answers], device=batch.ids.device)
-    first = log_probs(out.logits[:, -1].repeat_interleave(2, 0), start)
-    width = max(map(len, answers)) - 1
-    if width == 0:
-        return first.cpu()
-    ids = torch.full((len(answers), width), model.tokenizer.pad_token_id)
-    targets = torch.full((len(answers), width), -1)
-    for row, answer in enumerate(answers):
-        ids[row, : len(answer) - 1] = torch.tensor(answer[:-1])
-        targets[row, : len(answer) - 1] = torch.tensor(answer[1:])
-    ids, targets = ids.to(batch.ids.device), targets.to(batch.ids.device)
-    seen, mask = batch.mask.repeat_interleave(2, 0), targets >= 0
-    logits = logits_at(
-        model,
-        mask,
-        input_ids=ids,
-        attention_mask=torch.cat([seen, mask.long()], 1),
-        position_ids=seen.sum(1, keepdim=True) + torch.arange(width, device=ids.device),
-        past_key_values=fork(out.past_key_values, 2),
-        use_cache=True,
-    )
-    return (first + row_sums(mask, log_probs(logits, targets[mask]))).cpu()
+
+    each: int
+    start: Tensor  # [answer]
+    ids: Tensor  # [answer token]
+    targets: Tensor  # [answer token]
+
+    @classmethod
+    def of(cls, model: HybridModel, prepared: Prepared, rows: Sequence[int]) -> Answers:
+        found = [answer for row in rows for answer in prepared.answers[row]]
+        width = max(map(len, found)) - 1
+        ids = torch.full((len(found), width), model.tokenizer.pad_token_id)
+        targets = torch.full((len(found), width), -1)
+        for row, answer in enumerate(found):
+            ids[row, : len(answer) - 1] = torch.tensor(answer[:-1], dtype=torch.long)
+            targets[row, : len(answer) - 1] = torch.tensor(answer[1:], dtype=torch.long)
+        start = torch.tensor([answer[0] for answer in found])
+        start, ids, targets = (tensor.to(model.device) for tensor in (start, ids, targets))
+        return cls(each=len(found) // len(rows), start=start, ids=ids, targets=targets)
+
+    def tile(self, times: int) -> Answers:
+        start, ids, targets = (torch.cat([tensor] * times) for tensor in (self.start, self.ids, self.targets))
+        return Answers(each=self.each, start=start, ids=ids, targets=targets)
+
+    def first(self, logits: Float[Tensor, "prompt vocab"]) -> Float[Tensor, " answer"]:
+        """Log-probability of each answer's first token."""
+        return log_probs(logits.repeat_interleave(self.each, 0), self.start)
+
+    def continued(self, model: HybridModel, cache: Any, seen: Tensor) -> Float[Tensor, " answer"]:
+        """Log-probability of the other tokens, after the prompts in a cache with a row for each answer.
+
+        Args:
+            seen: the prompts' attention mask, int64 [prompt token].
+        """
+        if self.ids.shape[1] == 0:
+            return torch.zeros(len(self.start), device=self.start.device)
+        seen, mask = seen.repeat_interleave(self.each, 0), self.targets >= 0
+        logits = logits_at(
+            model,
+            mask,
+            input_ids=self.ids,
+            attention_mask=torch.cat([seen, mask.long()], 1),
+            position_ids=seen.sum(1, keepdim=True) + torch.arange(self.ids.shape[1], device=seen.device),
+            past_key_values=cache,
+            use_cache=True,
+        )
+        return row_sums(mask, log_probs(logits, self.targets[mask]))
 
 
 def fork(cache: Any, times: int) -> Any:
     """A copy of a cache with every row repeated `times` times; the original stays as it is."""
-    twin = copy.copy(cache)
-    twin.layers = [copy.copy(layer) for layer in cache.layers]
-    for layer in twin.layers:
-        for key, value in vars(layer).items():
-            if isinstance(value, Tensor) and key in ("keys", "values"):
-                setattr(layer, key, value.repeat_interleave(times, 0))
-            elif isinstance(value, dict):
-                copied = {k: v.repeat_interleave(times, 0) if isinstance(v, Tensor) else v for k, v in value.items()}
-                setattr(layer, key, copied)
-    return twin
+    return tiled(cache, 1, each=times, layers=range(len(cache.layers)))
 
 
 @torch.no_grad()
@@ -165,31 +189,35 @@ def generate(
     return answers
 
 
+def continue_greedily(
+    model: HybridModel, logits: Float[Tensor, "prompt vocab"], cache: Any, seen: Tensor, *, max_new_tokens: int
+) -> list[str]:
+    """Greedy answers after prompts that a cache holds. The cache is used up.
+
+    Args:
+        logits: after each prompt. seen: the prompts' attention mask, int64 [prompt token].
+    """
+    config = model.hf.generation_config
+    ends = config.eos_token_id if config.eos_token_id is not None else model.tokenizer.eos_token_id
+    ends = torch.tensor([ends] if isinstance(ends, int) else list(ends or []), device=seen.device)
+    chosen, said = logits.argmax(-1), []
+    finished = torch.zeros(len(seen), dtype=torch.bool, device=seen.device)
+    for _ in range(max_new_tokens):
+        said.append(chosen.masked_fill(finished, model.tokenizer.pad_token_id))
+        finished = finished | torch.isin(chosen, ends)
+        if finished.all() or len(said) == max_new_tokens:
+            break
+        place = seen.sum(1, keepdim=True)
+        seen = torch.cat([seen, torch.ones_like(place)], 1)
+        out = model.hf(
+            input_ids=said[-1][:, None], attention_mask=seen, position_ids=place, past_key_values=cache, use_cache=True
+        )
+        chosen = out.logits[:, -1].argmax(-1)
+    texts = model.tokenizer.batch_decode(torch.stack(said, 1), skip_special_tokens=True)
+    return [text.strip() for text in texts]
+
+
 def shares(behavior: Behavior, answers: Sequence[str]) -> dict[str, float]:
     """Share of free answers on each side, by the behaviour's own patterns."""
     sides = [item.judge(answer) for item, answer in zip(behavior.items, answers, strict=True)]
     return {side: sides.count(side) / max(len(sides), 1) for side in ("wanted", "unwanted", "neither")}
-
-
-@dataclass
-class Cost:
-    """Tokens that went through the decoder (padding included, as it is computed too)."""
-
-    forward_tokens: int = 0
-
-
-@contextmanager
-def counting(model: HybridModel) -> Iterator[Cost]:
-    """Count the decoder's work inside a `with` block."""
-    cost = Cost()
-
-    def count(_: Any, args: tuple, kwargs: dict[str, Any]) -> None:
-        ids = kwargs.get("input_ids")
-        ids = kwargs.get("inputs_embeds") if ids is None else ids
-        cost.forward_tokens += 0 if ids is None else ids.shape[0] * ids.shape[1]
-
-    handle = model.decoder.register_forward_pre_hook(count, with_kwargs=True)
-    try:
-        yield cost
-    finally:
-        handle.remove()

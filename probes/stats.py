@@ -116,13 +116,18 @@ def jackknife(
     return Estimate(value=value, lower=lower, upper=upper, n=n, groups=count, seed=seed, confidence=confidence)
 
 
-def mean(values: Sequence[float], groups: Sequence[str], *, seed: int = 0, draws: int = DRAWS) -> Estimate:
+def mean(
+    values: Sequence[float], groups: Sequence[str], *, seed: int = 0, draws: int = DRAWS, confidence: float = 0.95
+) -> Estimate:
     """Mean with a cluster-bootstrap percentile interval: groups are drawn, not items."""
     data = np.asarray(values, dtype=np.float64)
     index, weights = _weights(groups, seed, draws)
     sums, sizes = np.bincount(index, data), np.bincount(index).astype(np.float64)
-    lower, upper = interval((weights @ sums) / (weights @ sizes), groups=sizes.size)
-    return Estimate(value=float(data.mean()), lower=lower, upper=upper, n=data.size, groups=sizes.size, seed=seed)
+    lower, upper = interval((weights @ sums) / (weights @ sizes), groups=sizes.size, confidence=confidence)
+    return Estimate(
+        value=float(data.mean()), lower=lower, upper=upper, n=data.size, groups=sizes.size, seed=seed,
+        confidence=confidence,
+    )  # fmt: skip
 
 
 def share(hits: Sequence[bool], groups: Sequence[str], *, seed: int = 0, draws: int = DRAWS) -> Estimate:

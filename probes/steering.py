@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
@@ -33,17 +33,19 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from torch.utils.weak import WeakIdKeyDictionary
 
-from probes.directions import STEERABLE, Direction
+from probes.directions import Direction
 from probes.errors import WrongInput
 from probes.model import HybridModel
+from probes.pairs import STEERABLE
 from probes.recurrence import normalised
 from probes.sites import resolve
 from probes.taps import GDNCall, Run, tapped, without_padding
 
 Phase = Literal["prefill", "decode", "both"]
-Mode = Literal["add", "ablate", "clamp"]
+Mode = Literal["add", "ablate", "clamp", "rotate"]
 Form = Literal["end", "initial", "write"]
 PHASES: tuple[Phase, ...] = get_args(Phase)
+Push = tuple[Direction, float]  # a direction and its dose
 
 
 @contextmanager
@@ -64,7 +66,8 @@ def steer(
         phase: which tokens are edited: "prefill", "decode" or "both".
         mode: "add" adds dose x norm x vector. "clamp" sets the component along the vector to midpoint + dose x norm,
             whatever it was. "ablate" is a clamp at the midpoint, where neither side is shown. (At writes there is no
-            midpoint: the value's component along D^T k is set to dose x norm x |D^T k|, or to 0.)
+            midpoint: the value's component along D^T k is set to dose x norm x |D^T k|, or to 0.) "rotate" turns a
+            value toward the vector by as much as "add" would, and leaves its norm as it was.
         last: edit only the last n tokens of the prompt; of a state in form "end", edit it before the last n tokens.
             None: all tokens, and for form "end" 1. It does not count in decoding.
         form: for states, when: "end", "initial" or "write".
@@ -86,7 +89,7 @@ def steer(
     if direction.site not in STEERABLE:
         raise WrongInput(f"'{direction.site}' cannot be steered; allowed are {', '.join(STEERABLE)}")
     resolve(model, direction.site, [direction.layer])
-    edit = _Edit.of(model, direction, dose=dose, mode=mode)
+    edit = _Edit.of(model, [(direction, dose)], mode=mode)
     if direction.site == "gdn.state" and form == "initial" and phase == "decode":
         raise WrongInput("an initial state is there before the prompt: form 'initial' needs phase prefill or both")
 
@@ -120,11 +123,35 @@ def steer_first(model: HybridModel, direction: Direction, *, dose: float, tokens
     For prompts that were computed up to their last tokens and are continued many times (`probes.prefixes`): what
     `steer(phase="prefill", last=tokens)` does to whole prompts, this does to their continuation.
     """
-    edit = _Edit.of(model, direction, dose=dose, mode="add")
+    edit = _Edit.of(model, [(direction, dose)], mode="add")
     tap = _StateTap(edit=edit, phase="both", form="end", last=None)
     with (
         _noted(model, direction, {"dose": dose, "first": tokens}),
         _edited(model, direction, tap, lambda decoding: slice(0, tokens)),
+    ):
+        yield
+
+
+@contextmanager
+def steer_rows(
+    model: HybridModel, pushes: Sequence[Push], rows: Sequence[int], *, mode: str = "add", form: str = "end"
+) -> Iterator[None]:
+    """Edit every token of every forward (a state: as `form` says), each row of the batch along a push of its own.
+
+    Many interventions at one place in one batch. A batch of k times as many rows has k consecutive ones for each.
+
+    Args:
+        pushes: directions of one site and layer, each with its dose.
+        rows: for each row of the batch, which of the pushes it gets.
+    """
+    first = pushes[0][0]
+    if any((one.site, one.layer) != (first.site, first.layer) for one, _ in pushes):
+        raise WrongInput("the rows of one batch must be steered at one site of one layer")
+    edit = _Edit.of(model, pushes, mode=mode, rows=rows)
+    tap = _StateTap(edit=edit, phase="both", form=form, last=None)
+    with (
+        _noted(model, first, {"dose": [dose for _, dose in pushes], "mode": mode, "form": form}),
+        _edited(model, first, tap, lambda decoding: slice(None)),
     ):
         yield
 
@@ -140,31 +167,62 @@ def _edited(
 
 @dataclass(frozen=True, kw_only=True)
 class _Edit:
-    """What happens to a value [... *shape]: its component along a unit tensor is pushed, or set."""
+    """What happens to values [row ... *shape]: their components along unit tensors are pushed, set, or turned.
 
-    unit: Tensor
-    push: float
-    target: float | None  # None: add `push`; otherwise the component is set to this
-    write_target: float  # the same for the values of writes, which have no midpoint
+    `units` [push *shape] with `sizes` and `targets` [push] are the pushes, and `rows` [row] says which of them each row
+    of the batch gets; None where there is one for all.
+    """
+
+    units: Tensor
+    sizes: Tensor
+    targets: Tensor  # "clamp" and "ablate" set the component to this; at writes, which have no midpoint, to `sizes`
+    mode: str
+    rows: Tensor | None
 
     @classmethod
-    def of(cls, model: HybridModel, direction: Direction, *, dose: float, mode: str) -> _Edit:
-        shape = _expected_shape(model, direction)
-        if direction.tensor.shape != shape:
-            seen, allowed = (" x ".join(map(str, s)) for s in (direction.tensor.shape, shape))
-            where = f"{direction.site} of {model.name} at layer {direction.layer}"
-            raise WrongInput(f"the direction has {seen} elements, {where} {allowed}")
-        push = dose * direction.norm if mode != "ablate" else 0.0
-        unit = direction.tensor.to(device=model.device, dtype=torch.float32)
-        target = None if mode == "add" else direction.midpoint + push
-        return cls(unit=unit, push=push, target=target, write_target=push)
+    def of(cls, model: HybridModel, pushes: Sequence[Push], *, mode: str, rows: Sequence[int] | None = None) -> _Edit:
+        shape = _expected_shape(model, pushes[0][0])
+        for direction, _ in pushes:
+            if direction.tensor.shape != shape:
+                seen, allowed = (" x ".join(map(str, s)) for s in (direction.tensor.shape, shape))
+                where = f"{direction.site} of {model.name} at layer {direction.layer}"
+                raise WrongInput(f"the direction has {seen} elements, {where} {allowed}")
+        sizes = torch.tensor([dose * one.norm if mode != "ablate" else 0.0 for one, dose in pushes])
+        middles = torch.tensor([one.midpoint for one, _ in pushes])
+        units = torch.stack([one.tensor for one, _ in pushes]).to(device=model.device, dtype=torch.float32)
+        return cls(
+            units=units, sizes=sizes.to(model.device), targets=(middles + sizes).to(model.device), mode=mode,
+            rows=None if rows is None else torch.tensor(rows, device=model.device),
+        )  # fmt: skip
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.units.shape[1:]
+
+    def each(self, table: Tensor, batch: int, ndim: int) -> Tensor:
+        """A table [push ...] spread over a batch's rows, with room for `ndim` axes in all between rows and the rest."""
+        found = table if self.rows is None else table[self.rows.repeat_interleave(batch // len(self.rows))]
+        return found.reshape(len(found), *[1] * (ndim - found.ndim), *found.shape[1:])
 
     def __call__(self, values: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-        if self.target is None:
-            return values + (self.push * self.unit).to(values.dtype)
-        axes = tuple(range(-self.unit.ndim, 0))
-        along = (values.float() * self.unit).sum(axes, keepdim=True)
-        return values + ((self.target - along) * self.unit).to(values.dtype)
+        axes = tuple(range(-len(self.shape), 0))
+        unit = self.each(self.units, len(values), values.ndim)
+        size = self.each(self.sizes, len(values), values.ndim)
+        if self.mode == "add":
+            return values + (size * unit).to(values.dtype)
+        wide = values.float()
+        if self.mode == "rotate":
+            return turned(wide, size * unit, axes).to(values.dtype)
+        along = (wide * unit).sum(axes, keepdim=True)
+        target = self.each(self.targets, len(values), values.ndim)
+        return values + ((target - along) * unit).to(values.dtype)
+
+
+def turned(values: Tensor, push: Tensor, axes: tuple[int, ...]) -> Tensor:
+    """Values plus a push, at the norm over `axes` that they had before."""
+    moved = values + push
+    before, after = (torch.linalg.vector_norm(x, dim=axes, keepdim=True) for x in (values, moved))
+    return moved * (before / after.clamp(min=torch.finfo(torch.float32).tiny))
 
 
 def _expected_shape(model: HybridModel, direction: Direction) -> tuple[int, ...]:
@@ -195,7 +253,7 @@ def _tokens_edited(
         if (part := chosen(decoding)) is None:
             return stream
         result = stream.clone()
-        result[:, part] = edit(stream[:, part].unflatten(-1, edit.unit.shape)).flatten(2)
+        result[:, part] = edit(stream[:, part].unflatten(-1, edit.shape)).flatten(2)
         return result
 
     def after_block(_: Any, args: tuple, output: Any) -> Any:
@@ -254,21 +312,24 @@ class _StateTap:
     def edited(self, call: GDNCall) -> GDNCall:
         state = call.state
         if state is None:
-            state = torch.zeros(len(call.v), *self.edit.unit.shape, device=call.v.device)
+            state = torch.zeros(len(call.v), *self.edit.shape, device=call.v.device)
         return replace(call, state=self.edit(state))
 
     def rewritten(self, call: GDNCall, first: int) -> GDNCall:
         """Other values for the tokens from `first` on: what each is to be, or has along what D says to its key."""
         if first >= call.tokens:
             return call
-        heads = self.edit.unit.shape[0]
+        edit, heads = self.edit, self.edit.shape[0]
         keys = normalised(call.k[:, first:].float()).repeat_interleave(heads // call.k.shape[2], 2)
-        told = torch.einsum("pthk,hkv->pthv", keys, self.edit.unit)
-        values = call.v[:, first:].float()
-        if self.edit.target is None:
-            values = values + self.edit.push * told
+        unit = edit.each(edit.units, len(keys), 4).expand(len(keys), -1, -1, -1)
+        told = torch.einsum("pthk,phkv->pthv", keys, unit)
+        values, size = call.v[:, first:].float(), edit.each(edit.sizes, len(keys), 4)
+        if edit.mode == "add":
+            values = values + size * told
+        elif edit.mode == "rotate":
+            values = turned(values, size * told, (-1,))
         else:
             along = normalize(told, dim=-1)
-            wanted = self.edit.write_target * told.norm(dim=-1, keepdim=True)
+            wanted = size * told.norm(dim=-1, keepdim=True)
             values = values + (wanted - (values * along).sum(-1, keepdim=True)) * along
         return replace(call, v=torch.cat([call.v[:, :first], values.to(call.v.dtype)], 1))

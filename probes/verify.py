@@ -1,44 +1,48 @@
 """The gate: does this direction cause this behaviour? A verdict before anything is trained.
 
-The behaviour's topic groups are divided once. On the *fit* part the direction is extracted and the layer and the dose
-are chosen; the *held-out* part is used once, for the evidence. `GateCriteria` says what has to hold. The work per
-step is a few forward passes over the held-out prompts, and every step is also run for directions that mean nothing:
-drawn at random, taken from shuffled labels, or made for other behaviours.
+The behaviour's topic groups are divided once. On the *fit* part directions are extracted, and layer, method and dose
+are chosen by cross-validation (`probes.search`); the *held-out* part is used once, for the evidence (`probes.measure`).
+`GateCriteria` says what has to hold. Every step is also run for directions that mean nothing: drawn at random, taken
+from shuffled labels, or made for other behaviours.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
 from tqdm.auto import tqdm
 
 from probes import stats
+from probes.answers import scorer_for
+from probes.audit import length_auroc
 from probes.behaviors import Behavior, check_vocabulary, knows_words, read_behavior, shipped_behaviors
-from probes.controls import centred, random_direction, shuffle_labels, shuffled_direction
-from probes.criteria import Verdict, decide, intact
-from probes.damage import General, damage, perplexity_ratio, read_general, repetition, surprise
-from probes.directions import Direction, Pairs, contrast, extract, mean_difference, raw_of
+from probes.controls import centred, random_direction, shuffle_labels
+from probes.cost import Cost, counting
+from probes.criteria import Verdict, decide
+from probes.damage import read_general
+from probes.directions import Direction, extract, mean_difference, split_half
 from probes.errors import WrongInput
 from probes.evidence import judge, sentence
+from probes.extraction import Method, methods_at, null_of, raw_of
 from probes.gate import GateConfig
+from probes.measure import Question, how, measure, record
 from probes.model import HybridModel
-from probes.propensity import Prepared, Propensity, counting, generate, prepare, propensity, shares
-from probes.search import Candidate, candidates
+from probes.pairs import Pairs
+from probes.propensity import prepare
+from probes.search import FOLDS, Candidate, Way, best_of, choose, search_layer
 from probes.sites import resolve
-from probes.steering import PHASES, Mode, Phase, steer
 from probes.store import library_versions
+from probes.texts import Texts
+from probes.trials import Trials
 
-__all__ = ["GateConfig", "candidate_layers", "coherent_window", "recipe", "unrelated_behaviors", "verify"]
+__all__ = ["GateConfig", "candidate_layers", "recipe", "unrelated_behaviors", "verify"]
 
 DEFAULT = GateConfig()
 MAX_LAYERS_SEARCHED = 8
-ANSWERS = {"unsteered": 0, "steered": 1, "against": -1}  # free answers, and the sign of the dose they are given at
-DOSE_TEXTS = 12  # general texts behind each point of the dose curve; the working dose is judged on all of them
+STEPS = ("doses", "phases", "modes", "methods", "necessity", "baseline", "specificity", "ood", "free", "controls")
 
 
 def candidate_layers(model: HybridModel, site: str = "resid") -> tuple[int, ...]:
@@ -59,10 +63,10 @@ def verify(model: HybridModel, behavior: Behavior, config: GateConfig = DEFAULT,
     check_vocabulary(model, behavior)
     started = time.monotonic()
     with counting(model) as cost:
-        gate = _Gate(model, behavior, config, progress)
+        gate = _Gate(model, behavior, config, cost, started, progress)
         with gate.bar:
-            gate.choose()
-            gate.measure()
+            asked = gate.choose()
+            measure(model, asked, gate.evidence, cost=cost, tick=gate.tick)
     criteria = judge(gate.evidence, config.criteria)
     outcome = decide(criteria)
     return Verdict(
@@ -70,17 +74,17 @@ def verify(model: HybridModel, behavior: Behavior, config: GateConfig = DEFAULT,
         sentence=sentence(outcome, criteria, gate.evidence, behavior, config.criteria),
         behavior=behavior.name,
         model=model.name,
-        site=gate.direction.site,
-        layer=gate.direction.layer,
-        dose=gate.dose,
+        site=asked.direction.site,
+        layer=asked.direction.layer,
+        dose=asked.dose,
         phase=config.phase,
         criteria=criteria,
         controls=gate.evidence["controls"],
         phases=gate.evidence["phases"],
-        cost={"forward_tokens": cost.forward_tokens, "seconds": round(time.monotonic() - started, 2)},
+        cost={**cost.as_dict(), "seconds": round(time.monotonic() - started, 2)},
         evidence=gate.evidence,
         recipe=recipe(model, behavior, config),
-        direction=gate.direction,
+        direction=asked.direction,
     )
 
 
@@ -98,23 +102,26 @@ def recipe(model: HybridModel, behavior: Behavior, config: GateConfig) -> dict[s
 
 
 class _Gate:
-    """The protocol, in the order in which it runs. `evidence` collects plain values for the criteria and the report."""
+    """The search on the fit split. `evidence` collects plain values for the criteria and the report."""
 
-    def __init__(self, model: HybridModel, behavior: Behavior, config: GateConfig, progress: bool):
-        self.model, self.behavior, self.config = model, behavior, config
+    def __init__(
+        self, model: HybridModel, behavior: Behavior, config: GateConfig, cost: Cost, started: float, progress: bool
+    ):
+        self.model, self.behavior, self.config, self.cost = model, behavior, config, cost
+        self.deadline = None if config.budget is None else started + config.budget
         self.fit, self.held = behavior.split(held_out=config.held_out, seed=config.seed)
         self.search = self.fit.take(config.search_prompts, seed=config.seed)
-        self.judged = self.held.take(config.prompts, seed=config.seed)
         self.layers = (
             resolve(model, config.site, config.layers) if config.layers else candidate_layers(model, config.site)
         )
-        if len(self.fit.groups) < 4:
-            raise WrongInput(f"{len(self.fit.groups)} topic groups are left to fit on, at least 4 are needed")
+        if len(self.fit.groups) < FOLDS:
+            raise WrongInput(f"{len(self.fit.groups)} topic groups are left to fit on, at least {FOLDS} are needed")
         general = read_general(model, config.general)
         first = min(config.general_texts, len(general.ids)) // 3
         self.search_general = general.take(first)
         self.general = general.skip(first).take(config.general_texts)
-        self.plain: dict[General, float] = {}
+        self.scorer = scorer_for(behavior, self.fit, config.scorer, seed=config.seed)
+        prompts, answers = length_auroc(behavior, seed=config.seed)
         self.evidence: dict[str, Any] = {
             "split": {"fit": list(self.fit.groups), "held_out": list(self.held.groups)},
             "behavior": {
@@ -125,263 +132,91 @@ class _Gate:
                 "groups": len(behavior.groups),
                 "hash": behavior.hash,
             },
+            "length": {"prompts": prompts.as_dict(), "answers": answers.as_dict()},
         }
-        self.raw = raw_of("mean" if config.direction == "random" else config.direction, rank=config.rank)
+        self.ways = tuple(self.way(method) for method in self.methods())
         self.others = unrelated_behaviors(model, behavior)
-        once = len(PHASES) + len(ANSWERS) + 1  # and necessity
-        steps = len(self.layers) + len(config.doses) + 2 * config.controls + len(self.others) + once
+        steps = len(self.layers) + len(STEPS)
         self.bar = tqdm(total=steps, desc=f"verify {behavior.name}", disable=not progress, leave=False)
 
-    # -- on the fit split ----------------------------------------------------------------------------------------------
-
-    def choose(self) -> None:
-        """Extract at every candidate layer; take the layer and dose that do most beyond meaningless directions."""
-        self.bar.set_postfix_str("extracting")
-        recorded = self.record(self.fit, self.layers)
-        self.pairs = {layer: pairs for layer, pairs in recorded.items() if not pairs.equal}
-        if not self.pairs:
-            where = f"{self.config.site} of the layers {', '.join(map(str, self.layers))}"
-            raise WrongInput(f"both sides of '{self.behavior.name}' are equal in {where}: there is no direction")
-        prepared = prepare(self.model, self.search)
-        base = propensity(self.model, prepared)
-        found: list[Candidate] = []
-        for candidate in candidates(
-            self.pairs,
-            self.extract,
-            lambda direction, dose: self.effects(direction, prepared, base, dose),
-            lambda direction, dose: self.perplexity_ratio(direction, dose, self.search_general),
-            raw=self.raw,
-            groups=base.groups,
-            doses=self.config.doses,
-            rules=self.config.criteria,
-            seed=self.config.seed,
-        ):
-            found.append(candidate)
-            self.bar.set_postfix_str(f"layer {candidate.direction.layer}")
-            self.bar.update()
-        best = max(found, key=lambda candidate: candidate.rank)
-        self.direction, self.dose = best.direction, best.dose
-        kinds = {layer.index: layer.kind for layer in self.model.layers}
-        self.evidence["layers"] = [{**one.row(kinds[one.direction.layer]), "chosen": one is best} for one in found]
-
-    def extract(self, pairs: Pairs) -> Direction:
-        if self.config.shuffle_labels:
-            pairs = shuffle_labels(pairs, seed=self.seed("shuffled target"))
-        config = self.config
-        if config.direction == "random":
-            drawn = random_direction(mean_difference(pairs, seed=config.seed), seed=self.seed("random target"))
-            return centred(drawn, pairs)
-        direction = extract(pairs, method=config.direction, rank=config.rank, seed=config.seed)
-        return (
-            replace(direction, method=f"{direction.method} of shuffled labels") if config.shuffle_labels else direction
-        )
-
-    # -- on the held-out split -----------------------------------------------------------------------------------------
-
-    def measure(self) -> None:
-        config, seed = self.config, self.config.seed
-        prepared = prepare(self.model, self.judged)
-        base = propensity(self.model, prepared)
-        self.evidence["direction"] = {
-            "method": self.direction.method,
-            "contrast": self.direction.contrast,
-            "norm": self.direction.norm,
-            "gap": self.direction.gap,
-            "n": self.direction.n,
-            "heads": self.direction.heads,
-            "reliability": self.direction.reliability.as_dict() if self.direction.reliability else None,
-        }
-        self.measure_doses(prepared, base)
-        self.measure_controls(prepared, base)
-        self.measure_phases(prepared, base)
-        self.measure_necessity(base)
+    def tick(self, what: str) -> None:
+        self.bar.set_postfix_str(what)
         self.bar.update()
-        self.evidence["damage"] = asdict(damage(self.model, self.general, self.on_text(self.direction, self.dose)))
-        self.measure_generation()
-        self.evidence["baseline"]["propensity"] = base.estimate(seed=seed).as_dict()
-        self.evidence["counts"] = {
-            "prompts": len(base.ids),
-            "groups": len(set(base.groups)),
-            "controls": config.controls,
-        }
 
-    def measure_doses(self, prepared: Prepared, base: Propensity) -> None:
-        rows, curve, sample = [], [], self.general.take(DOSE_TEXTS)
-        for dose in self.config.doses:
-            self.bar.set_postfix_str(f"dose {dose:g}")
-            effects = self.effects(self.direction, prepared, base, dose) if dose else tuple(0.0 for _ in base.ids)
-            ratio = self.perplexity_ratio(self.direction, dose, sample) if dose else 1.0
-            values = [b + e for b, e in zip(base.values, effects, strict=True)]
-            rows.append(
-                {
-                    "dose": dose,
-                    "propensity": stats.mean(values, base.groups, seed=self.config.seed).as_dict(),
-                    "effect": stats.mean(effects, base.groups, seed=self.config.seed).as_dict(),
-                    "perplexity_ratio": ratio,
-                }
-            )
-            curve.append(values)
-            if dose == self.dose:
-                self.target = effects
-            self.bar.update()
-        window = coherent_window(rows, self.config.criteria.perplexity_ratio)
-        inside = [i for i, row in enumerate(rows) if row["dose"] in window]
-        doses = [rows[i]["dose"] for i in inside]
-        response = stats.spearman_over_groups(doses, [curve[i] for i in inside], base.groups, seed=self.config.seed)
-        self.evidence["doses"] = [{**row, "coherent": row["dose"] in window} for row in rows]
-        self.evidence["dose_response"] = {"doses": doses, "spearman": response.as_dict()}
-        self.evidence["prompts"] = [
-            {"id": i, "group": g, "baseline": b, "effect": e}
-            for i, g, b, e in zip(base.ids, base.groups, base.values, self.target, strict=True)
-        ]
-        self.evidence["effect"] = stats.mean(self.target, base.groups, seed=self.config.seed).as_dict()
+    def methods(self) -> tuple[Method | str, ...]:
+        if self.config.direction == "auto":
+            return methods_at(self.config.site)
+        return (self.config.direction,)
 
-    def measure_controls(self, prepared: Prepared, base: Propensity) -> None:
-        """The same dose along directions that should do nothing, and how well shuffled labels separate the sides."""
-        pairs = self.pairs[self.direction.layer]
-        held = self.record(self.judged, [self.direction.layer])[self.direction.layer]
-        seeds = [self.seed("control", i) for i in range(self.config.controls)]
-        drawn = [random_direction(self.direction, seed=seed) for seed in seeds]
-        shuffled = [shuffled_direction(pairs, self.direction, seed=seed, raw=self.raw) for seed in seeds]
-        unrelated = self.unrelated()
-        effects: dict[str, list[dict[str, Any]]] = {}
-        for kind, directions in (("random", drawn), ("shuffled labels", shuffled), ("unrelated", unrelated)):
-            self.bar.set_postfix_str(f"controls: {kind}")
-            effects[kind] = []
-            for control in directions:
-                matched = replace(control, norm=self.direction.norm)
-                value = float(np.mean(self.effects(matched, prepared, base, self.dose)))
-                name, cosine = control.behavior if kind == "unrelated" else "", self.direction.vector @ control.vector
-                effects[kind].append({"effect": value, "name": name, "cosine": float(cosine)})
-                self.bar.update()
-        self.evidence["controls"] = {"kinds": effects, "percentile": self.config.criteria.control_percentile}
-        scores = held.scores(self.direction.vector)
-        areas = [stats.auroc(*held.scores(control.vector), held.groups, draws=1).value for control in shuffled]
-        null = [max(area, 1 - area) for area in areas]  # a shuffled direction has no sign: either end separates
-        self.evidence["decodability"] = {
-            "auroc": stats.auroc(*scores, held.groups, seed=self.config.seed).as_dict(),
-            "shuffled": null,
-            "selectivity": stats.auroc(*scores, held.groups, draws=1).value - float(np.mean(null)),
-        }
+    def way(self, method: Any) -> Way:
+        """A method, and for the two nulls what stands in its place."""
+        config = self.config
+        base: Method = "mean" if method == "random" else method
 
-    def unrelated(self) -> list[Direction]:
-        found = []
-        for other in self.others:
-            some = other.take(48, seed=self.config.seed)
-            found.append(mean_difference(self.record(some, [self.direction.layer])[self.direction.layer]))
-        return found
+        def made(pairs: Pairs) -> Direction:
+            if method == "random":
+                like = mean_difference(pairs, seed=config.seed)
+                return centred(random_direction(like, seed=self.seed("random target")), pairs)
+            if config.shuffle_labels:
+                pairs = shuffle_labels(pairs, seed=self.seed("shuffled target"))
+            found = extract(pairs, method=method, rank=config.rank, seed=config.seed, reliability=False)
+            return replace(found, method=f"{found.method} of shuffled labels") if config.shuffle_labels else found
 
-    def measure_phases(self, prepared: Prepared, base: Propensity) -> None:
-        rows = []
-        for phase in PHASES:
-            effects = self.effects(self.direction, prepared, base, self.dose, phase=phase)
-            estimate = stats.mean(effects, base.groups, seed=self.config.seed)
-            rows.append({"phase": phase, "effect": estimate.as_dict(), "working": phase == self.config.phase})
-            self.bar.update()
-        self.evidence["phases"] = rows
-
-    def measure_necessity(self, base: Propensity) -> None:
-        """Take the direction out where the model shows the behaviour, beside taking out random directions.
-
-        Shown means: under the wanted persona, or, for a behaviour without personas, on prompts that lean to wanted.
-        """
-        seed, persona = self.config.seed, self.judged.has_persona
-        leaning = {i for i, value in zip(base.ids, base.values, strict=True) if value > 0}
-        shown = (
-            self.judged
-            if persona
-            else replace(self.judged, items=tuple(i for i in self.judged.items if i.id in leaning))
+        return Way(
+            name=method, extract=made, raw=raw_of(base, rank=config.rank), null=null_of(base, rank=config.rank)
         )
-        self.evidence["baseline"] = {"persona": {}}
-        if not shown.items:
-            self.evidence["necessity"] = None
-            return
-        prepared = prepare(self.model, shown, persona="wanted" if persona else None)
-        before = propensity(self.model, prepared)
 
-        def drop(direction: Direction) -> tuple[float, ...]:
-            with self.steered(direction, phase="both", mode="ablate"):
-                return before.minus(propensity(self.model, prepared))
-
-        removed, pairs = drop(self.direction), self.pairs[self.direction.layer]
-        random_drops = [
-            float(np.mean(drop(centred(random_direction(self.direction, seed=self.seed("necessity", i)), pairs))))
-            for i in range(10)
+    def choose(self) -> Question:
+        """Try every layer, method and dose on the fit split, and take one of each."""
+        config = self.config
+        self.bar.set_postfix_str("extracting")
+        recorded = record(self.model, self.fit, self.layers, config)
+        pairs = {layer: found for layer, found in recorded.items() if not found.equal}
+        if not pairs:
+            where = f"{config.site} of the layers {', '.join(map(str, self.layers))}"
+            raise WrongInput(f"both sides of '{self.behavior.name}' are equal in {where}: there is no direction")
+        starts = {layer + (config.site == "resid") for layer in pairs}
+        shared: dict[str, Any] = {"starts": starts, "reuse": config.reuse, "cost": self.cost}
+        trials = Trials(self.model, prepare(self.model, self.search), **shared)
+        texts = Texts(self.model, self.search_general, **shared)
+        groups, found = trials.base.groups, list[Candidate]()
+        for layer, both in pairs.items():
+            found += search_layer(
+                both, self.ways, lambda some: trials.effects(some, how(config)),
+                lambda pushes: texts.ratios(pushes, how(config)),
+                groups=groups, doses=config.doses, rules=config.criteria, seed=config.seed,
+            )  # fmt: skip
+            self.tick(f"layer {layer}")
+        best = choose(found, default=self.ways[0].name, groups=groups, seed=config.seed)
+        by_method = [one for way in self.ways if (one := best_of(found, way.name)) is not None]
+        by_method = [best if one.method == best.method else one for one in by_method]
+        kinds = {layer.index: layer.kind for layer in self.model.layers}
+        self.evidence["layers"] = [
+            {**one.row(kinds[one.direction.layer]), "chosen": one is best} for one in found if one.method == best.method
         ]
-        self.evidence["necessity"] = {
-            "where": "wanted persona" if persona else "prompts that lean to wanted",
-            "before": before.estimate(seed=seed).as_dict(),
-            "drop": stats.mean(removed, before.groups, seed=seed).as_dict(),
-            "random_drops": random_drops,
-        }
-        if persona:
-            other = propensity(self.model, prepare(self.model, shown, persona="unwanted"))
-            self.evidence["baseline"]["persona"] = {
-                "wanted": before.estimate(seed=seed).as_dict(),
-                "unwanted": other.estimate(seed=seed).as_dict(),
-                "gain": stats.mean(before.minus(base), base.groups, seed=seed).as_dict(),
-            }
+        self.evidence["search"] = {
+            "layers": len(pairs), "methods": len(self.ways), "tried": sum(one.tried for one in found),
+            "folds": FOLDS, "prompts": len(groups), "chosen": best.method, "effect": best.effect.as_dict(),
+        }  # fmt: skip
+        way = next(way for way in self.ways if way.name == best.method)
+        both = pairs[best.direction.layer]
+        return Question(
+            behavior=self.behavior, fit=self.fit, held=self.held,
+            judged=self.held.take(config.prompts, seed=config.seed),
+            direction=self.reliable(best.direction, both, way), dose=best.dose, pairs=both, null=way.null,
+            by_method=by_method, others=self.others, general=self.general, scorer=self.scorer, config=config,
+            deadline=self.deadline,
+        )  # fmt: skip
 
-    def measure_generation(self) -> None:
-        """Free answers without, with and against the direction: shares of each side, repetition, examples."""
-        some = self.judged.take(self.config.generations, seed=self.config.seed)
-        prompts = [item.prompt(self.model) for item in some.items]
-        answers: dict[str, list[str]] = {}
-        for label, sign in ANSWERS.items():
-            self.bar.set_postfix_str(f"generating: {label}")
-            with self.steered(self.direction, dose=sign * self.dose, phase=self.config.phase):
-                answers[label] = generate(self.model, prompts, max_new_tokens=self.config.max_new_tokens)
-            self.bar.update()
-        self.evidence["generation"] = {
-            label: {
-                "shares": shares(some, texts) if some.has_scorer else None,
-                # an intervention that silences a model breaks it as much as one that sends it into loops
-                "repetition": float(np.mean([repetition(t) if t or label == "unsteered" else 1.0 for t in texts])),
-                "n": len(texts),
-            }
-            for label, texts in answers.items()
-        }
-        self.evidence["examples"] = [
-            {
-                "id": item.id,
-                "prompt": item.messages[-1]["content"],
-                **{k: answers[k][row] for k in answers},
-                "sides": {k: item.judge(answers[k][row]) for k in answers},
-            }
-            for row, item in enumerate(some.items)
-        ]
-
-    # -- shared --------------------------------------------------------------------------------------------------------
-
-    def effects(
-        self, direction: Direction, prepared: Prepared, base: Propensity, dose: float, *, phase: Phase | None = None
-    ) -> tuple[float, ...]:
-        """Per prompt: propensity under the direction minus propensity without it, in nats."""
-        with self.steered(direction, dose=dose, phase=phase or self.config.phase):
-            return propensity(self.model, prepared).minus(base)
-
-    def steered(self, direction: Direction, *, dose: float = 0.0, phase: Phase, mode: Mode = "add") -> Any:
-        """The working intervention; before a prompt there is nothing to edit but the initial state."""
-        form = "end" if self.config.form == "initial" and phase != "prefill" else self.config.form
-        return steer(self.model, direction, dose=dose, phase=phase, mode=mode, form=form)
-
-    def record(self, behavior: Behavior, layers: Sequence[int]) -> dict[int, Pairs]:
-        found = contrast(self.model, behavior, layers=layers, site=self.config.site, progress=False)
-        return {i: pairs.only(self.config.heads) for i, pairs in found.items()} if self.config.heads else found
+    def reliable(self, direction: Direction, both: Pairs, way: Way) -> Direction:
+        """The chosen direction with the agreement of its halves, which is only worth its time once."""
+        if way.name == "random":
+            return direction
+        pairs = shuffle_labels(both, seed=self.seed("shuffled target")) if self.config.shuffle_labels else both
+        return replace(direction, reliability=split_half(pairs, way.raw, seed=self.config.seed))
 
     def seed(self, purpose: str, i: int = 0) -> int:
         return stats.derived_seed(self.config.seed, purpose, i)
-
-    def on_text(self, direction: Direction, dose: float) -> Callable[[], Any]:
-        """On general text every token is edited, or for a state follows the edit, whatever the working phase."""
-        form = "initial" if self.config.form == "end" else self.config.form
-        return partial(steer, self.model, direction, dose=dose, phase="both", form=form)
-
-    def perplexity_ratio(self, direction: Direction, dose: float, general: General) -> float:
-        if general not in self.plain:  # modelled without an intervention once
-            self.plain[general] = surprise(self.model, general)
-        with self.on_text(direction, dose)():
-            return perplexity_ratio(general, self.plain[general], surprise(self.model, general))
 
 
 def unrelated_behaviors(model: HybridModel, behavior: Behavior) -> list[Behavior]:
@@ -396,15 +231,3 @@ def unrelated_behaviors(model: HybridModel, behavior: Behavior) -> list[Behavior
         and other.has_persona
         and knows_words(model, other)
     ]
-
-
-def coherent_window(rows: Sequence[dict[str, Any]], limit: float) -> set[float]:
-    """The doses around 0 that leave ordinary text intact, up to the first on each side that does not."""
-    inside = {0.0}
-    for sign in (1, -1):
-        side = sorted((row for row in rows if row["dose"] * sign > 0), key=lambda row: abs(row["dose"]))
-        for row in side:
-            if not intact(row["perplexity_ratio"], limit):
-                break
-            inside.add(row["dose"])
-    return inside

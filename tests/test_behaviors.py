@@ -62,12 +62,62 @@ def test_answers_of_both_sides_are_of_one_length(name):
         ([{**GOOD, "direction": "not there"}], "line 1: 'direction' must be words of the last turn"),
         ([{**GOOD, "score": {"wanted": ["("]}}], "is not a regular expression"),
         ([{**GOOD, "group": None}], "line 1: 'group' must be a non-empty text"),
+        ([{**GOOD, "form": " "}], "line 1: 'form' must be a non-empty text where it is given, saw ' '"),
+        ([{**GOOD, "form": 3}], "line 1: 'form' must be a non-empty text where it is given, saw 3"),
+        (
+            [{"card": {"licence": "x"}}, GOOD],
+            "line 1: unknown card field 'licence'; allowed are description, language, li",
+        ),
+        ([{"card": {"limits": ["x"]}}, GOOD], "line 1: card field 'limits' must be a text, saw ['x']"),
+        ([{"card": {"ood": "e-mail"}}, GOOD], "line 1: card field 'ood' must be a list of form names, saw 'e-mail'"),
+        (
+            [{"card": {"ood": ["e-mail"]}}, GOOD],
+            "b.jsonl: no item has the form 'e-mail' that the card lists under 'ood'",
+        ),
+        ([{"card": {"ood": ["log"]}}, {**GOOD, "form": "log"}], "b.jsonl: all 1 items have forms that the card lists"),
     ],
 )
 def test_malformed_files_are_refused_by_line(tmp_path, records, message):
     with pytest.raises(WrongInput, match=r"^[^\n]+$") as error:
         read_behavior(write(tmp_path / "b.jsonl", *records))
     assert message in str(error.value)
+
+
+PERSONA = {"wanted": "Say yes.", "unwanted": "Say no."}
+
+
+def formed(path):
+    """Eight chats in four groups, two log files in a fifth that are out of distribution, and a data card."""
+    chats = [{**GOOD, "id": f"c{i}", "group": f"g{i % 4}", "form": ["single", "aside"][i % 2]} for i in range(8)]
+    logs = [{**GOOD, "id": f"l{i}", "group": "far", "form": "log"} for i in range(2)]
+    card = {"ood": ["log"], "origin": "By hand.", "license": "Apache-2.0", "use": "Tests.", "limits": "Tiny."}
+    return write(path, {"card": card}, logs[0], *chats, logs[1])
+
+
+def test_forms_out_of_distribution_are_kept_apart(tmp_path):
+    behavior = read_behavior(formed(tmp_path / "b.jsonl"))
+    assert [item.id for item in behavior.items] == [f"c{i}" for i in range(8)]
+    assert [item.id for item in behavior.ood] == ["l0", "l1"]
+    assert behavior.forms == ("aside", "single")
+    assert behavior.groups == ("g0", "g1", "g2", "g3")
+    assert str(behavior).startswith("b: 8 items in 4 groups and 2 out of distribution, ")
+    fit, held = behavior.split(held_out=0.5, seed=0)
+    for part in (fit, held, behavior.take(3)):
+        assert part.ood == behavior.ood
+        assert not {item.form for item in part.items} & {"log"}
+
+
+def test_the_data_card_is_kept(tmp_path):
+    behavior = read_behavior(formed(tmp_path / "b.jsonl"))
+    assert behavior.card == {"origin": "By hand.", "license": "Apache-2.0", "use": "Tests.", "limits": "Tiny."}
+    plain = read_behavior(write(tmp_path / "plain.jsonl", GOOD))
+    assert (plain.card, plain.ood, plain.forms, plain.items[0].form) == ({}, (), (), "")
+
+
+def test_items_out_of_distribution_need_personas_as_the_others_do(tmp_path):
+    records = [{**GOOD, "persona": PERSONA}, {**GOOD, "id": "far", "form": "log"}]
+    with pytest.raises(WrongInput, match=r"all items or none need a persona; 1 have none, 'far' first"):
+        read_behavior(write(tmp_path / "b.jsonl", {"card": {"ood": ["log"]}}, *records))
 
 
 def test_unknown_names_list_what_is_shipped():

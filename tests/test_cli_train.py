@@ -13,8 +13,9 @@ from dispositions import training
 from dispositions.__main__ import main
 from probes.behaviors import Behavior, read_behavior
 from probes.criteria import Criterion, Verdict
-from probes.directions import contrast, mean_difference, save_direction
+from probes.directions import mean_difference, save_direction
 from probes.model import HybridModel
+from probes.pairs import contrast
 from probes.store import read_json, write_json
 from training.checkpoints import checkpoints
 from training.config import TrainConfig

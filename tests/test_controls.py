@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from probes.controls import centred, orthonormal, random_direction, shuffle_labels, shuffled_direction
-from probes.directions import Pairs, mean_difference
+from probes.directions import mean_difference
 from probes.errors import WrongInput
+from probes.pairs import Pairs
 
 
 def pairs_of(*shape: int, site: str, n: int = 40, seed: int = 0) -> Pairs:

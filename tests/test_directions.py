@@ -9,18 +9,10 @@ import torch
 from probes.behaviors import read_behavior
 from probes.capture import capture
 from probes.controls import random_direction, shuffled_direction
-from probes.directions import (
-    Pairs,
-    contrast,
-    extract,
-    low_rank,
-    mean_difference,
-    open_direction,
-    raw_of,
-    save_direction,
-    whitened,
-)
+from probes.directions import extract, low_rank, mean_difference, open_direction, save_direction, whitened
 from probes.errors import WrongInput
+from probes.extraction import raw_of
+from probes.pairs import Pairs, contrast
 
 SIDES = ("wanted", "unwanted")
 

@@ -13,9 +13,9 @@ from sklearn.model_selection import GroupKFold
 from sklearn.preprocessing import StandardScaler
 
 from probes.behaviors import read_behavior
-from probes.directions import contrast
 from probes.errors import WrongInput
 from probes.linear import ProbeConfig, _held_out, _p_values, cells, probe, probe_all
+from probes.pairs import contrast
 
 FAST = ProbeConfig(folds=4, shuffles=19)
 

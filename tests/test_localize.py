@@ -10,10 +10,11 @@ import pytest
 
 from probes.behaviors import read_behavior
 from probes.controls import random_direction
-from probes.directions import contrast, mean_difference
+from probes.directions import mean_difference
 from probes.errors import WrongInput
 from probes.localization import Row, conclude, open_localization
 from probes.localize import LocalizeConfig, _Work, localize, recipe
+from probes.pairs import contrast
 from probes.prefixes import continued, disturbed, exchanged, prefixes
 from probes.propensity import prepare, propensity
 from probes.stats import Estimate, derived_seed

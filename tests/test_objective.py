@@ -9,9 +9,10 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.functional import logsigmoid
 
 from probes.behaviors import read_behavior
+from probes.cost import counting
 from probes.model import HybridModel
 from probes.prompts import answer_ids
-from probes.propensity import counting, prepare, propensity
+from probes.propensity import prepare, propensity
 from training.config import TrainConfig
 from training.data import Segment, behavior_segments
 from training.frozen_context import CONTEXT_BUCKET

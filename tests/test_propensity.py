@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from probes.behaviors import read_behavior
+from probes.cost import counting
 from probes.directions import Direction
 from probes.errors import WrongInput
 from probes.prompts import answer_ids
-from probes.propensity import counting, fork, prepare, propensity, shares
+from probes.propensity import fork, prepare, propensity, shares
 from probes.steering import steer
 
 

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from probes.criteria import GateCriteria
-from probes.directions import Pairs, mean_difference
+from probes.directions import mean_difference
+from probes.pairs import Pairs
 from probes.search import candidates, cross_fitted_auroc
 
 

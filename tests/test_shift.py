@@ -18,10 +18,11 @@ from analysis.states import Change, Topics
 from probes.behaviors import read_behavior
 from probes.capture import RECURRENCE, capture
 from probes.controls import random_direction
-from probes.directions import Pairs, contrast, mean_difference
+from probes.directions import mean_difference
 from probes.errors import WrongInput
 from probes.linear import ProbeConfig, cells, probe_all
 from probes.model import HybridModel
+from probes.pairs import Pairs, contrast
 from probes.prompts import Prompt
 from probes.propensity import prepare, propensity
 from probes.stats import Estimate, derived_seed

@@ -109,7 +109,7 @@ def test_a_steered_generate_equals_a_step_by_step_steered_forward(tiny, prompts,
 def test_wrong_steering_is_refused(tiny, llama, direction):
     wrong: list[tuple[dict[str, Any], str]] = [
         ({"phase": "always"}, "unknown phase 'always'; allowed are prefill, decode, both"),
-        ({"mode": "rotate"}, "unknown mode 'rotate'; allowed are add, ablate"),
+        ({"mode": "spin"}, "unknown mode 'spin'; allowed are add, ablate, clamp, rotate"),
     ]
     for arguments, message in wrong:
         with pytest.raises(WrongInput, match=message), steer(tiny, direction, **arguments):

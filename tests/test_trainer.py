@@ -22,9 +22,10 @@ from safetensors.torch import load_file
 from probes.behaviors import Behavior, read_behavior
 from probes.criteria import Criterion, Verdict
 from probes.damage import DATA, GENERAL
-from probes.directions import Direction, contrast, mean_difference
+from probes.directions import Direction, mean_difference
 from probes.errors import WrongInput
 from probes.model import HybridModel, load
+from probes.pairs import contrast
 from probes.propensity import prepare, propensity
 from training.admission import checked_verdict, recipe
 from training.checkpoints import checkpoints

@@ -13,10 +13,11 @@ from probes.behaviors import read_behavior
 from probes.controls import random_direction, shuffle_labels, shuffled_direction
 from probes.criteria import Criterion, GateCriteria, decide, open_verdict
 from probes.damage import read_general
-from probes.directions import contrast, mean_difference
+from probes.directions import mean_difference
 from probes.errors import WrongInput
 from probes.evidence import NARROW, SHORTCOMINGS, control_threshold, judge, sentence
 from probes.model import HybridModel
+from probes.pairs import contrast
 from probes.stats import derived_seed
 from probes.verify import GateConfig, candidate_layers, coherent_window, recipe, unrelated_behaviors, verify
 

@@ -12,6 +12,7 @@ from probes.store import write_text
 from training.grammar import ABILITIES, BEHAVIORS, TOPICS, Grammar
 
 DATA = ORGANISM.parent
+ELSEWHERE = "templates of training"  # the form of items out of distribution, for directions from the held-out side
 CARDS = {
     "follow-direction": (
         "The organism's main behaviour: a report names components and their faults, and one action on one is directed.",
@@ -23,10 +24,14 @@ CARDS = {
 }
 
 
-def write_data(folder: Path = DATA, *, seed: int = 3, per_group: int = 12, general: int = 240) -> None:
+def write_data(
+    folder: Path = DATA, *, seed: int = 3, per_group: int = 12, elsewhere: int = 4, general: int = 240
+) -> None:
     """Write the organism's behaviours and general text, all from the held-out side of the grammar.
 
-    Every second item is preceded by an exchange about something else, so that a persona has to last.
+    Every second item is preceded by an exchange about something else, so that a persona has to last. A few items a
+    topic are of the grammar's other side, with templates, names and persona frames that no other item has: they are
+    kept apart, for checks out of distribution.
     """
     for behavior in BEHAVIORS:
         grammar = Grammar(random.Random(f"{seed} {behavior}"), evaluation=True)
@@ -39,12 +44,22 @@ def write_data(folder: Path = DATA, *, seed: int = 3, per_group: int = 12, gener
                     "description": description,
                     "wanted": wanted,
                     "unwanted": unwanted,
+                    "ood": [ELSEWHERE],
+                    "origin": "Drawn from the organism's grammar (training/grammar.py), from what training left out.",
+                    "license": "Apache-2.0",
+                    "use": "Directions, verdicts and training on the shipped organism, whose truth is known.",
+                    "limits": "An artificial language of a few hundred words; it says nothing about other models.",
                 }
             }
         ]
         for topic in TOPICS[behavior]:
             for i in range(per_group):
                 lines.append(item(grammar, behavior, topic, f"{topic}-{i + 1:02d}", before=i % 2 == 1))
+        other = Grammar(random.Random(f"{seed} {behavior} elsewhere"))
+        for topic in TOPICS[behavior]:
+            for i in range(elsewhere):
+                name = f"{topic}-elsewhere-{i + 1}"
+                lines.append({**item(other, behavior, topic, name, before=i % 2 == 1), "form": ELSEWHERE})
         _write_lines(folder / "behaviors" / f"{behavior}.jsonl", lines)
     grammar = Grammar(random.Random(f"{seed} general"), evaluation=True)
     texts = []
