@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import html
 import math
+import textwrap
 from collections.abc import Iterable, Mapping
 from typing import Any
+
+from probes.criteria import Criterion
 
 Numbers = Mapping[str, Any]
 """An `Estimate` as a dict: value, lower, upper, n, groups."""
@@ -63,10 +66,22 @@ def safe(text: str) -> str:
     return html.escape(str(text), quote=False)
 
 
+def wrapped(text: str, width: int) -> str:
+    """`safe` text on lines of at most so many characters, for a plotly label."""
+    return lines(*(safe(part) for part in textwrap.wrap(str(text), width)))
+
+
+def reason(criteria: Iterable[Criterion], name: str) -> str:
+    """Why a line of the criteria has no value; verdicts of older versions do not have every line."""
+    return next(
+        (c.rule for c in criteria if c.name == name and math.isnan(c.observed)), "this verdict does not hold it"
+    )
+
+
 def searched(row: Numbers) -> str:
     """What a layer did when it was tried, in a plotly label; a row of `evidence["layers"]`."""
     return lines(
-        f"<b>{row['layer']}</b>",
+        f"<b>{row['layer']}</b>{', ' + safe(row['method']) if 'method' in row else ''}",
         f"effect {estimate(row['effect'])} nats at dose {row['dose']:g}",
         f"random directions ±{number(row['random_effect'])} nats on average",
         f"shuffled labels ±{number(row['shuffled_effect'])} nats on average",

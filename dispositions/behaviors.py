@@ -14,7 +14,7 @@ from probes.audit import audit
 from probes.behaviors import read_behavior, shipped_behaviors
 from probes.errors import WrongInput
 from probes.importers import NEUTRAL, Form, check_target, import_behavior, write_behavior
-from probes.model import load
+from probes.model import HybridModel, load
 
 _USES = "behaviors, behaviors NAME, behaviors audit NAME, or behaviors import FILE OUT.jsonl"
 
@@ -65,42 +65,45 @@ class Behaviors:
     dtype: Dtype = "auto"
 
     def run(self) -> int:
-        match self.words:
-            case ("import", source, out):
-                return self._import(source, out)
-            case ("import", *_):
-                raise WrongInput(
-                    f"import takes a file to read and a .jsonl file to write, saw {len(self.words) - 1} names"
-                )
-        for option in fields(self):
-            if option.name not in ("words", "seed") and getattr(self, option.name) != option.default:
-                raise WrongInput(f"--{option.name.replace('_', '-')} is an option of behaviors import")
+        if self.words[:1] != ("import",):
+            only = [option.name for option in fields(self) if option.name not in ("words", "seed")]
+            self._refuse(*only, need="import")
         match self.words:
             case ():
                 return _list()
+            case ("import", source, out):
+                return self._import(source, out)
             case ("audit", behavior):
                 found = audit(read_behavior(behavior), seed=self.seed)
                 print(found.table())
                 print(found)
                 return 0 if found.passed else 1
-            case ("audit", *_):
-                raise WrongInput(f"audit takes one behaviour, saw {len(self.words) - 1}")
-            case (behavior,):
+            case (behavior,) if behavior not in ("audit", "import"):
                 return _show(behavior)
-        raise WrongInput(f"expected {_USES}; saw {' '.join(self.words)}")
+        raise WrongInput(f"expected {_USES}; saw behaviors {' '.join(self.words)}")
 
     def _import(self, source: str, out: str) -> int:
         check_target(out)
-        model = None if self.model is None else load(self.model, device=self.device, dtype=self.dtype)
+        if not self.model:
+            self._refuse("new_tokens", "device", "dtype", need="import with --model")
         found = import_behavior(
             source, form=self.format, unwanted=self.unwanted_file, prompt=self.prompt, answers=self.answers,
-            model=model, new_tokens=self.new_tokens, name=self.name, seed=self.seed,
+            model=self._load if self.model else None, new_tokens=self.new_tokens, name=self.name, seed=self.seed,
         )  # fmt: skip
         write_behavior(found, out)
         print(found)
         print(found.card["limits"])
         print(out)
         return 0
+
+    def _load(self) -> HybridModel:
+        return load(self.model or "organism", device=self.device, dtype=self.dtype)
+
+    def _refuse(self, *options: str, need: str) -> None:
+        """Options that would be passed over are wrong input."""
+        defaults = {option.name: option.default for option in fields(self)}
+        if given := [option for option in options if getattr(self, option) != defaults[option]]:
+            raise WrongInput(f"--{given[0].replace('_', '-')} is an option of behaviors {need}")
 
 
 def _list() -> int:

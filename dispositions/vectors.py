@@ -29,9 +29,9 @@ class Export:
     """Write the direction of a run to a file that says what it is: for other programs, or for llama.cpp.
 
     A .safetensors file holds the unit vector with its provenance: model and weights, layer, what one dose is, the
-    working dose, the verdict. A .gguf file is a control vector of llama.cpp with the same beside it, scaled so that
-    `--control-vector FILE` adds the working dose; it takes directions of the residual stream, from layer 1 on. Loads no
-    model. Exit code 2 where the verdict is not PASS.
+    working dose, the verdict. A .gguf file is a control vector of llama.cpp with the same beside it, scaled so that its
+    option `--control-vector FILE` adds the working dose; it takes directions of the residual stream, from layer 1 on.
+    Loads no model. Exit code 2 where the verdict is not PASS.
 
     dispositions export runs/demo follow.safetensors
 
@@ -75,8 +75,8 @@ class Export:
 class Import:
     """Read steering vectors from a file into a run folder, for a model.
 
-    Takes what `dispositions export` writes, on the same weights only, and control vectors of llama.cpp or repeng
-    (.gguf) that fit the model; these are "unverified", and the norm of their doses is measured on general text. Writes
+    Takes what `dispositions export` writes, on the same weights only, and .gguf control vectors of llama.cpp or repeng
+    that fit the model; these are "unverified", and the norm of their doses is measured on general text. Writes
     direction.safetensors, or direction-LAYER.safetensors where there are several, and provenance.json. Exit code 2 for
     a file that is damaged or made for another model.
 

@@ -154,7 +154,7 @@ class Classifier(Scorer):
     Its log-odds are stretched by a factor fitted on held-out topics (Platt 1999): few texts and a penalty leave them
     all close to 0. It is usable when its AUROC is above 0.5 with its interval, and above each of 39 refits in which the
     sides of items were swapped at random: on swapped sides the interval alone claims too much too often. It knows two
-    sides and no other texts: of answers about other things it puts many on one of them.
+    sides and no other texts: of answers about other things it puts most on one of them.
     """
 
     def __init__(self, fit: Behavior, *, seed: int):

@@ -24,6 +24,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 from scipy import sparse
+from sklearn import config_context
 from sklearn.feature_extraction.text import CountVectorizer, TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 
@@ -286,24 +287,27 @@ def _separability(
         train = (fold != i) & ((other != j) | (other.max() == 0))
         if not train.any():
             train = fold != i
-        for k, sign in enumerate(signs):
-            weights = _weights((wanted - unwanted)[train], sign[train])
-            scores = wanted[held] @ weights, unwanted[held] @ weights
-            high, low = (np.where(sign[held] > 0, *pair) for pair in (scores, scores[::-1]))
+        weights = _weights((wanted - unwanted)[train], signs[:, train])
+        both_scores = ((side[held] @ weights.T).T for side in (wanted, unwanted))  # [swap, item]
+        for k, scores in enumerate(zip(*both_scores, strict=True)):
+            high, low = (np.where(signs[k, held] > 0, *pair) for pair in (scores, scores[::-1]))
             gap = high[:, None] - low[None, :]
             total[k] += float(np.where(np.abs(gap) < 1e-9, 0.5, gap > 0).mean()) * int(held.sum())
     return total / len(fold)
 
 
-def _weights(ahead: Any, sign: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Logistic regression on matched pairs: one side minus the other [pair, word]; `sign` 1 where the first is wanted.
+def _weights(ahead: Any, signs: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Logistic regressions on matched pairs [swap, word], from one side minus the other, sparse [pair, word].
 
-    Each pair is given in both orders, so that there are rows of either label.
+    `signs` [swap, pair] is 1 where the first side is taken for wanted. Each pair is given in both orders, so that there
+    are rows of either label.
     """
     if not ahead.nnz:
-        return np.zeros(ahead.shape[1])
-    rows, labels = sparse.vstack([ahead, -ahead]), np.concatenate([sign > 0, sign < 0])
-    return LogisticRegression(fit_intercept=False, solver="liblinear").fit(rows, labels).coef_[0]
+        return np.zeros((len(signs), ahead.shape[1]))
+    rows = sparse.csr_matrix(sparse.vstack([ahead, -ahead]))
+    fit = LogisticRegression(fit_intercept=False, solver="liblinear").fit
+    with config_context(assume_finite=True, skip_parameter_validation=True):  # many small fits: checks take the longest
+        return np.concatenate([fit(rows, np.concatenate([sign, -sign]) > 0).coef_ for sign in signs])
 
 
 def _folds(names: Sequence[Hashable], seed: int) -> NDArray[np.int64]:

@@ -96,7 +96,7 @@ def read_control_vector(path: Path, model: HybridModel, *, norm: float | None, a
             elsewhere and does not fit the model.
     """
     values, tensors = _read(path)
-    if f"{_OWN}.format" in values:
+    if any(key.startswith(f"{_OWN}.") for key in values):  # any, so that a damaged one never counts as foreign
         refuse_norm(path, norm)
         return _own(path, values, tensors)
     return _foreign(path, values, tensors, model, norm=norm, anyway=anyway)
@@ -115,7 +115,7 @@ def _own(path: Path, values: Mapping[str, Any], tensors: Mapping[int, Tensor]) -
         note |= {key: json.loads(note[key]) for key in _JSON}
         units = {layer: torch.tensor(note[f"vector.{layer}"], dtype=torch.float32) for layer in tensors}
     except (KeyError, TypeError, ValueError) as error:
-        raise WrongInput(f"{path} is damaged: {error}") from error
+        raise WrongInput(f"{path} is damaged: {' '.join(str(error).split())}") from error
     vectors = vectors_from(path, note, units)
     for layer, one in vectors.directions.items():
         if not torch.equal(_push(one, vectors.doses[layer]), tensors[layer]):

@@ -117,3 +117,5 @@ class GateConfig:
             raise WrongInput("heads were chosen, but the residual stream has none; gdn.state and attn.heads have")
         if self.form == "initial" and self.phase != "prefill":
             raise WrongInput(f"form 'initial' edits before the prompt: phase must be prefill, saw '{self.phase}'")
+        if self.form == "initial" and self.mode == "rotate":
+            raise WrongInput("form 'initial' edits an empty state, which cannot be turned: mode must be add or clamp")

@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -51,7 +51,7 @@ def import_behavior(
     unwanted: str | Path | None = None,
     prompt: str = NEUTRAL,
     answers: str | Path | Answers | None = None,
-    model: HybridModel | None = None,
+    model: HybridModel | Callable[[], HybridModel] | None = None,
     new_tokens: int = 48,
     name: str | None = None,
     seed: int = 0,
@@ -67,8 +67,8 @@ def import_behavior(
         prompt: for pairs, what all lines answer.
         answers: for persona-vectors, answers by question, or a JSON file of them.
         model: for persona-vectors without answers, the model that gives them greedily under either persona, cut after
-            `new_tokens` tokens. Nobody checks that they show their side; items with two equal answers are left out, and
-            the card says how many.
+            `new_tokens` tokens; or a function that loads it, called once the file is known to be good. Nobody checks
+            that the answers show their side; items with two equal ones are left out, and the card says how many.
         name: of the behaviour; the file's, without its suffix, when not given.
         seed: of the clusters.
 
@@ -249,7 +249,11 @@ def _pairs(path: Path, text: str, unwanted: str | Path | None, prompt: str) -> R
 
 
 def _persona_vectors(
-    path: Path, content: Any, answers: str | Path | Answers | None, model: HybridModel | None, new_tokens: int
+    path: Path,
+    content: Any,
+    answers: str | Path | Answers | None,
+    model: HybridModel | Callable[[], HybridModel] | None,
+    new_tokens: int,
 ) -> Read:
     if not isinstance(content, dict):
         raise WrongInput(f"{path.name}: persona-vectors is an object, saw {_short(content)}")
@@ -281,7 +285,10 @@ def _persona_vectors(
         records = _answered(records, answers)
         limits = "Answers were given by question and are the same for all personas."
     else:
-        records, limits = _spoken(path, records, model, new_tokens)
+        if new_tokens < 1:
+            raise WrongInput(f"an answer needs at least 1 token, saw {new_tokens}")
+        speaker = model if isinstance(model, HybridModel) else model()
+        records, limits = _spoken(path, records, speaker, new_tokens)
     means = (
         f"Contrast pairs of {path.name}: questions under opposite instructions.",
         "does what the first instruction of a pair says",
@@ -315,8 +322,6 @@ def _spoken(
     path: Path, records: Sequence[tuple[str, dict[str, Any]]], model: HybridModel, new_tokens: int
 ) -> tuple[list[tuple[str, dict[str, Any]]], str]:
     """Records with what a model says to them under either persona, and what to know about that."""
-    if new_tokens < 1:
-        raise WrongInput(f"an answer needs at least 1 token, saw {new_tokens}")
     texts = [text for _, r in records for text in (r["messages"][0]["content"], *r["persona"].values())]
     if (share := unknown_share(model, texts)) > MAX_UNKNOWN:
         raise WrongInput(

@@ -182,7 +182,7 @@ class _Held:
         several = len(self.asked.by_method)
         self.evidence["methods"] = []
         for one in self.asked.by_method:
-            own = one.direction is self.direction and one.dose == self.dose
+            own = one.direction.vector is self.direction.vector and one.dose == self.dose
             values = self.target if own else self.trials.effects([Trial.of(one.direction, one.dose)], self.how())[0]
             sure = stats.mean(values, self.base.groups, seed=self.seed, confidence=1 - 0.05 / several)
             cosine = None

@@ -10,8 +10,10 @@ from L on; `joined` puts the layers below it in from elsewhere.
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +21,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from probes.model import HybridModel
+from probes.taps import GDN_KERNELS
+
+CHUNK = 32  # tokens: the fastest of 8 to 64 for prompts of 60 on a CPU
 
 
 @contextmanager
@@ -37,6 +42,36 @@ def starting_at(model: HybridModel, layer: int, stream: Float[Tensor, "prompt to
 
             stack.enter_context(_replaced(below.block, skip))
         yield
+
+
+@contextmanager
+def fitting_chunks(model: HybridModel) -> Iterator[None]:
+    """While the block runs, the gated delta rule is computed in chunks that fit short sequences.
+
+    transformers pads every sequence to chunks of 64 tokens, so an answer of 8 costs as much as a prompt of 64. The
+    padding adds nothing, so smaller chunks give the same numbers to rounding (1e-6 of a state, tests/test_partial.py).
+    """
+    mixers = {type(layer.mixer).__module__ for layer in model.of_kind("gdn")}
+    with ExitStack() as stack:
+        for names in (vars(sys.modules[module]) for module in mixers):
+            stack.enter_context(_renamed(names, GDN_KERNELS[0], partial(_in_chunks, names[GDN_KERNELS[0]])))
+        yield
+
+
+def _in_chunks(kernel: Any, query: Tensor, *args: Any, **options: Any) -> Any:
+    tokens = max(query.shape[1], 1)
+    size = min(max(1 << (tokens - 1).bit_length(), 8), CHUNK)
+    return kernel(query, *args, **{"chunk_size": size, **options})
+
+
+@contextmanager
+def _renamed(names: dict[str, Any], name: str, value: Any) -> Iterator[None]:
+    before = names[name]
+    names[name] = value
+    try:
+        yield
+    finally:
+        names[name] = before
 
 
 @contextmanager

@@ -8,6 +8,7 @@ of it but the tensors into plain values, and `vectors_from` turns these back. `p
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import re
 from collections.abc import Mapping
@@ -145,6 +146,9 @@ def read_architecture(source: str) -> Architecture:
         WrongInput: there is no configuration at that name.
     """
     path = ORGANISMS.get(source, Path(source))
+    hub_id = source.count("/") == 1 and not source.startswith((".", "/", "~")) and path.suffix != ".gguf"
+    if not path.exists() and not hub_id:
+        raise WrongInput(f"no model at '{source}'")
     folder, options = (str(path.parent), {"gguf_file": path.name}) if path.suffix == ".gguf" else (str(path), {})
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, **options)
@@ -169,11 +173,18 @@ def note_of(vectors: Vectors) -> dict[str, Any]:
             {**known, "reliability": reliability, "dose": vectors.doses[layer], "vector_hash": _hash(one.vector)}
         )
     built = about.pop("architecture")
-    return {
+    note = {
         "format": FORMAT, "version": VERSION, **about, "model_type": built["model_type"],
         "hidden_size": built["hidden_size"], "n_layers": built["layers"], "site": vectors.site, **CONVENTIONS,
         "vectors": entries,
     }  # fmt: skip
+    return {**note, "note_hash": hash_of(note)}
+
+
+def hash_of(values: Mapping[str, Any]) -> str:
+    """SHA-256 of plain values as JSON with sorted keys and no spaces (first 16 hex digits)."""
+    text = json.dumps(values, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _hash(vector: Tensor) -> str:
@@ -188,6 +199,9 @@ def vectors_from(path: Path, note: Mapping[str, Any], tensors: Mapping[int, Tens
     if note.get("version") != VERSION:
         raise WrongInput(f"{path} has version {note.get('version')!r} of {FORMAT}; this suite reads version {VERSION}")
     try:
+        said = {key: value for key, value in note.items() if key != "note_hash" and not key.startswith("vector.")}
+        if hash_of(said) != note["note_hash"]:
+            raise ValueError("what it says is not what was written")
         entries = {int(entry["layer"]): entry for entry in note["vectors"]}
         if set(entries) != set(tensors):
             raise ValueError(f"it describes layers {sorted(entries)} and holds {sorted(tensors)}")
@@ -205,7 +219,7 @@ def vectors_from(path: Path, note: Mapping[str, Any], tensors: Mapping[int, Tens
         doses = {layer: float(entry["dose"]) for layer, entry in entries.items()}
         return Vectors(directions=directions, doses=doses, provenance=Provenance(architecture=built, **given))
     except (KeyError, TypeError, ValueError) as error:
-        raise WrongInput(f"{path} is damaged: {error}") from error
+        raise WrongInput(f"{path} is damaged: {' '.join(str(error).split())}") from error
 
 
 def _direction(entry: Mapping[str, Any], vector: Tensor) -> Direction:

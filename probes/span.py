@@ -52,9 +52,15 @@ def logistic_direction(rows: NDArray[Any], *, C: float, components: int | None =
 
     Float32 of length 1, pointing to the first half; zeros where the two halves are equal.
     """
-    everything = np.ones(len(rows), dtype=bool)
-    coordinates, axes = span(rows, everything, components)
-    found = weights(coordinates, np.arange(len(rows)) < len(rows) // 2, C)
-    raw = np.concatenate([block.T @ (axes @ found) / scale for block, scale in blocks(rows, everything)])
+    everything, labels = np.ones(len(rows), dtype=bool), np.arange(len(rows)) < len(rows) // 2
+    if components is None and rows.shape[1] <= len(rows):  # few features: the same without a detour by the rows
+        ((block, scale),) = blocks(rows, everything)
+        size = float(np.sqrt((block**2).sum() / len(rows)))
+        found = weights(block / size, labels, C) if size > TIE else np.zeros(rows.shape[1])
+        raw = found / scale
+    else:
+        coordinates, axes = span(rows, everything, components)
+        found = weights(coordinates, labels, C)
+        raw = np.concatenate([block.T @ (axes @ found) / scale for block, scale in blocks(rows, everything)])
     length = float(np.linalg.norm(raw)) if np.linalg.norm(found) > TIE else np.inf
     return torch.from_numpy((raw / length).astype(np.float32))

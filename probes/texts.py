@@ -7,7 +7,7 @@ what a model should go on modelling.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ from probes.damage import (
     surprise,
     text_batches,
 )
+from probes.directions import Direction
 from probes.model import HybridModel
 from probes.partial import recording, starting_at
 from probes.prompts import Batch
@@ -98,17 +99,17 @@ class Texts:
         return [perplexity_ratio(self.general, self.plain, float(each)) for each in nats]
 
     def _alone(self, push: Push, how: How) -> float:
-        with steer(self.model, push[0], dose=push[1], phase="both", mode=how.mode, form=_on_text(how.form)):
+        with self._steered(push, how):
             return surprise(self.model, self.general)
+
+    def _steered(self, push: Push, how: How) -> AbstractContextManager[None]:
+        mode, form = _on_text(push[0], how)
+        return steer(self.model, push[0], dose=push[1], phase="both", mode=mode, form=form)
 
     def damage(self, push: Push, how: How) -> Damage:
         """Perplexity and divergence under one push."""
         if not self.reuse:
-            form = _on_text(how.form)
-            return damage(
-                self.model, self.general,
-                lambda: steer(self.model, push[0], dose=push[1], phase="both", mode=how.mode, form=form),
-            )  # fmt: skip
+            return damage(self.model, self.general, lambda: self._steered(push, how))
         edited, kl = 0.0, 0.0
         with self.cost.instead_of(2 * self.naive_tokens()):
             for part in self.parts:
@@ -126,12 +127,18 @@ class Texts:
         turns = [i for i in range(times) for _ in range(rows)]
         edited = nullcontext()
         if like is None:
-            edited = steer_rows(self.model, pushes, turns, mode=how.mode, form=_on_text(how.form))
+            mode, form = _on_text(pushes[0][0], how)
+            edited = steer_rows(self.model, pushes, turns, mode=mode, form=form)
         begun = starting_at(self.model, start, part.streams[start].repeat(times, 1, 1)) if start else nullcontext()
         with edited, begun:
             return logits_at(self.model, part.before.repeat(times, 1), **inputs, use_cache=False)
 
 
-def _on_text(form: str) -> str:
-    """A state that is edited at the end of a prompt is edited before the text: what follows is what counts."""
-    return "initial" if form == "end" else form
+def _on_text(direction: Direction, how: How) -> tuple[str, str]:
+    """Mode and form on a text. A state that is edited at the end of a prompt is edited before it: what follows counts.
+
+    The state before a text is empty and cannot be turned: it gets the push that would have turned it.
+    """
+    form = "initial" if how.form == "end" else how.form
+    empty = direction.site == "gdn.state" and form == "initial"
+    return "add" if empty and how.mode == "rotate" else how.mode, form

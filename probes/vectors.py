@@ -12,12 +12,8 @@ it, in `probes.control_vectors`.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from probes.control_vectors import read_control_vector, refuse_norm, write_control_vector
 from probes.criteria import Verdict, open_verdict
@@ -30,6 +26,7 @@ from probes.provenance import (
     Status,
     Vectors,
     architecture_of,
+    hash_of,
     layer_of,
     note_of,
     read_architecture,
@@ -41,7 +38,7 @@ from probes.store import read_metadata, read_tensors, write_tensors
 
 __all__ = [
     "Architecture", "Provenance", "Vectors", "architecture_of", "export_vectors", "import_vectors", "judged_vectors",
-    "read_run", "recipe_hash",
+    "read_run",
 ]  # fmt: skip
 
 SUFFIXES = (".safetensors", ".gguf")
@@ -98,7 +95,7 @@ def judged_vectors(
         behavior_hash=str(recipe.get("behavior_hash", "")), phase=verdict.phase,
         form=recipe.get("config", {}).get("form", "end"), status=status,
         verdict={
-            "outcome": verdict.verdict, "sentence": verdict.sentence, "recipe_hash": recipe_hash(recipe),
+            "outcome": verdict.verdict, "sentence": verdict.sentence, "recipe_hash": hash_of(recipe),
             "criteria": [
                 {"number": c.number, "name": c.name, "status": c.status,
                  "observed": c.observed if math.isfinite(c.observed) else None}
@@ -119,12 +116,6 @@ def _status(verdict: Verdict, unverified: bool) -> Status:
             raise WrongInput(f"{error}; only --unverified exports it") from error
         return "unverified"
     return "verified"
-
-
-def recipe_hash(recipe: Mapping[str, Any]) -> str:
-    """SHA-256 of a recipe as JSON with sorted keys and no spaces (first 16 hex digits)."""
-    text = json.dumps(recipe, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def export_vectors(vectors: Vectors, path: str | Path) -> Path:

@@ -9,6 +9,7 @@ from shuffled labels, or made for other behaviours.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -31,6 +32,7 @@ from probes.gate import GateConfig
 from probes.measure import Question, how, measure, record
 from probes.model import HybridModel
 from probes.pairs import Pairs
+from probes.partial import fitting_chunks
 from probes.propensity import prepare
 from probes.search import FOLDS, Candidate, Way, best_of, choose, search_layer
 from probes.sites import resolve
@@ -54,16 +56,28 @@ def candidate_layers(model: HybridModel, site: str = "resid") -> tuple[int, ...]
     return tuple(np.unique([existing[np.abs(existing - at).argmin()] for at in spread.round()]).tolist())
 
 
-def verify(model: HybridModel, behavior: Behavior, config: GateConfig = DEFAULT, *, progress: bool = True) -> Verdict:
+def verify(
+    model: HybridModel,
+    behavior: Behavior,
+    config: GateConfig = DEFAULT,
+    *,
+    others: Sequence[Behavior] | None = None,
+    progress: bool = True,
+) -> Verdict:
     """Run the gate on one behaviour of one model.
+
+    Args:
+        others: behaviours that have nothing to do with it, for controls and specificity; None takes the other shipped
+            ones of the same language.
 
     Raises:
         WrongInput: the behaviour does not fit the tokenizer, or a layer is out of range.
     """
     check_vocabulary(model, behavior)
     started = time.monotonic()
-    with counting(model) as cost:
-        gate = _Gate(model, behavior, config, cost, started, progress)
+    others = unrelated_behaviors(model, behavior) if others is None else tuple(others)
+    with counting(model) as cost, fitting_chunks(model):
+        gate = _Gate(model, behavior, config, others, cost, started, progress)
         with gate.bar:
             asked = gate.choose()
             measure(model, asked, gate.evidence, cost=cost, tick=gate.tick)
@@ -83,19 +97,22 @@ def verify(model: HybridModel, behavior: Behavior, config: GateConfig = DEFAULT,
         phases=gate.evidence["phases"],
         cost={**cost.as_dict(), "seconds": round(time.monotonic() - started, 2)},
         evidence=gate.evidence,
-        recipe=recipe(model, behavior, config),
+        recipe=recipe(model, behavior, config, others=others),
         direction=asked.direction,
     )
 
 
-def recipe(model: HybridModel, behavior: Behavior, config: GateConfig) -> dict[str, Any]:
+def recipe(
+    model: HybridModel, behavior: Behavior, config: GateConfig, *, others: Sequence[Behavior] | None = None
+) -> dict[str, Any]:
     """Everything that determines a verdict's numbers."""
+    others = unrelated_behaviors(model, behavior) if others is None else others
     return {
         "behavior": behavior.name,
         "behavior_hash": behavior.hash,
         **model.identity,
         "general_hash": read_general(model, config.general).hash,
-        "unrelated": {other.name: other.hash for other in unrelated_behaviors(model, behavior)},
+        "unrelated": {other.name: other.hash for other in others},
         "config": asdict(config),
         "versions": library_versions(),
     }
@@ -105,9 +122,16 @@ class _Gate:
     """The search on the fit split. `evidence` collects plain values for the criteria and the report."""
 
     def __init__(
-        self, model: HybridModel, behavior: Behavior, config: GateConfig, cost: Cost, started: float, progress: bool
+        self,
+        model: HybridModel,
+        behavior: Behavior,
+        config: GateConfig,
+        others: Sequence[Behavior],
+        cost: Cost,
+        started: float,
+        progress: bool,
     ):
-        self.model, self.behavior, self.config, self.cost = model, behavior, config, cost
+        self.model, self.behavior, self.config, self.others, self.cost = model, behavior, config, others, cost
         self.deadline = None if config.budget is None else started + config.budget
         self.fit, self.held = behavior.split(held_out=config.held_out, seed=config.seed)
         self.search = self.fit.take(config.search_prompts, seed=config.seed)
@@ -135,7 +159,6 @@ class _Gate:
             "length": {"prompts": prompts.as_dict(), "answers": answers.as_dict()},
         }
         self.ways = tuple(self.way(method) for method in self.methods())
-        self.others = unrelated_behaviors(model, behavior)
         steps = len(self.layers) + len(STEPS)
         self.bar = tqdm(total=steps, desc=f"verify {behavior.name}", disable=not progress, leave=False)
 
@@ -162,9 +185,7 @@ class _Gate:
             found = extract(pairs, method=method, rank=config.rank, seed=config.seed, reliability=False)
             return replace(found, method=f"{found.method} of shuffled labels") if config.shuffle_labels else found
 
-        return Way(
-            name=method, extract=made, raw=raw_of(base, rank=config.rank), null=null_of(base, rank=config.rank)
-        )
+        return Way(name=method, extract=made, raw=raw_of(base, rank=config.rank), null=null_of(base, rank=config.rank))
 
     def choose(self) -> Question:
         """Try every layer, method and dose on the fit split, and take one of each."""

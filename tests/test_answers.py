@@ -151,12 +151,21 @@ def test_swapped_sides_make_no_usable_classifier():
     assert refused.recipe()["held_out"] == {"right": 0, "neither": 1}
 
 
+@pytest.mark.parametrize("seed", [30, 36])
+def test_an_interval_above_chance_is_not_enough(seed):
+    """Two nulls of the first sixty whose interval lies above 0.5; shuffles of the same texts reach as far."""
+    scorer = Classifier(swapped(behavior_of(meaningless), seed), seed=seed)
+    assert scorer.auroc.lower > 0.5
+    assert not scorer.usable
+
+
 def test_a_classifier_is_deterministic_and_doubts_between_its_limits():
     behavior = behavior_of(planted)
     one, other = (Classifier(behavior, seed=5) for _ in range(2))
     said = [noise(random.Random(i), *random.Random(i).choices(["warm", "cold", "gladly"], k=2)) for i in range(48)]
     assert one.recipe() == other.recipe()
     assert one.sides(behavior.items, said) == other.sides(behavior.items, said)
+    assert one.regression.decision_function(one.words.transform(["42 zebras"])).tolist() == [0.0]
     odds = one.slope * one.regression.decision_function(one.words.transform(said))
     for side, log_odds in zip(one.sides(behavior.items, said), odds, strict=True):
         limit = 0.6190392  # log(0.65 / 0.35)
@@ -303,10 +312,10 @@ def test_replies_are_read_strictly(endpoint, reply, side):
     assert scorer.recipe()["usable"] == read
 
 
-@pytest.mark.parametrize("script", [[500, "B"], [429, 503, 502, "B"], [1.0, "B"]])
+@pytest.mark.parametrize("script", [[500, "B"], [429, 503, 502, "B"], [2.5, "B"]])
 def test_what_passes_is_tried_again(endpoint, script):
     behavior, endpoint.script = behavior_of(planted), list(script)
-    assert judge_at(endpoint, behavior, judge_timeout=0.4).sides(behavior.items[:1], ["text"]) == ["unwanted"]
+    assert judge_at(endpoint, behavior, judge_timeout=1.5).sides(behavior.items[:1], ["text"]) == ["unwanted"]
     assert len(endpoint.seen) == len(script)
 
 
@@ -317,19 +326,19 @@ def test_what_passes_is_tried_again(endpoint, script):
         ([401], r"failed \(1 attempts\): HTTP 401 wrong: Bearer \[key\]", 1),
         ([307], r"failed \(1 attempts\): HTTP 307", 1),
         ([302], r"failed \(1 attempts\): HTTP 302", 1),
-        ([0.5] * 9, r"failed \(4 attempts\): TimeoutError: .* \(waited 0\.1 s at most\)", 4),
+        ([1.5] * 9, r"failed \(4 attempts\): TimeoutError: .* \(waited 0\.5 s at most\)", 4),
         ([b"<html>\nhello"], r"must give a chat completion, saw <html> hello", 1),
         ([b'{"choices": []}'], r"must give a chat completion, saw {\"choices\": \[\]}", 1),
         ([SECRET.encode() * 20], r"must give a chat completion, saw \[key\]", 1),
     ],
 )
 def test_an_endpoint_that_fails_is_named_in_one_line(endpoint, script, message, requests):
-    behavior, endpoint.script = behavior_of(planted), script
-    with pytest.raises(
-        WrongInput, match=rf"^[^\n]*http://127\.0\.0\.1:\d+/v1/chat/completions {message}[^\n]*$"
-    ) as error:
-        judge_at(endpoint, behavior, judge_timeout=0.1).sides(behavior.items[:1], ["text"])
-    assert "secret" not in str(error.value)
+    behavior, endpoint.script = behavior_of(planted), list(script)
+    scorer = judge_at(endpoint, behavior, judge_timeout=0.5 if isinstance(script[0], float) else 30.0)
+    line = rf"^[^\n]*http://127\.0\.0\.1:\d+/v1/chat/completions {message}[^\n]*$"
+    with pytest.raises(WrongInput, match=line) as error:
+        scorer.sides(behavior.items[:1], ["text"])
+    assert SECRET[:6] not in str(error.value)
     assert len(endpoint.seen) == requests
 
 
@@ -385,7 +394,7 @@ def test_without_a_key_none_is_sent(endpoint, monkeypatch):
     monkeypatch.setenv("OTHER_KEY", f"{SECRET}\nX-Other: 1")
     with pytest.raises(WrongInput, match=r"^the key in OTHER_KEY must be printable ASCII") as error:
         judge_at(endpoint, behavior, judge_key="OTHER_KEY").sides(behavior.items[:1], ["one"])
-    assert "secret" not in str(error.value)
+    assert SECRET[:6] not in str(error.value)
 
 
 def test_another_prompt_is_used_and_recorded(endpoint, tmp_path):
@@ -446,7 +455,7 @@ AT = {"scorer": "judge", "judge_url": "http://localhost:8000/v1", "judge_model":
 def test_wrong_configurations_are_refused_in_one_line_that_repeats_no_secret(fields, message):
     with pytest.raises(WrongInput, match=rf"^[^\n]*{message}[^\n]*$") as error:
         ScorerConfig(**fields)
-    assert "secret" not in str(error.value)
+    assert SECRET[:6] not in str(error.value)
 
 
 def test_the_command_line_can_set_it():

@@ -301,7 +301,7 @@ def test_behaviors_lists_what_ships_and_shows_one(capsys):
 
 
 def test_a_crash_does_not_look_like_a_verdict(capsys, monkeypatch):
-    monkeypatch.setattr("dispositions.commands.shipped_behaviors", lambda: 1 / 0)
+    monkeypatch.setattr("dispositions.behaviors.shipped_behaviors", lambda: 1 / 0)
     code, _, err = run(capsys, "behaviors")
     assert code == 70
     assert "ZeroDivisionError" in err

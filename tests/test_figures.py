@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_verdicts import DOSES, NAMES, complete, numbers, sample, verdict_of
+from test_verdicts import DOSES, NAMES, complete, first_version, numbers, sample, verdict_of
 
 from analysis import figures
 from analysis.words import number
@@ -108,10 +108,14 @@ def test_controls_show_every_control_and_the_bar():
 
 
 def test_hostile_text_is_escaped_in_labels():
-    drawn = figures.draw(sample("hostile"))
+    drawn: dict[str, Any] = dict(figures.draw(sample("hostile")))
     assert "<script" not in "".join(words_of(figure) for figure in drawn.values())
     assert "&lt;script&gt;" in words_of(drawn["prompt-effects"])
-    assert "&lt;script&gt;" in words_of(drawn["controls"])
+    for name in ("layer-sweep", "methods", "controls", "baseline", "elsewhere", "specificity", "phases", "modes"):
+        assert "&lt;script&gt;" in words_of(drawn[name]), name
+    ticks = [str(figure.layout.yaxis.ticktext) for figure in drawn.values()]
+    assert "<script" not in "".join(ticks)
+    assert sum("&lt;script&gt;" in text for text in ticks) >= 4
 
 
 def test_prompt_effects_show_every_prompt_sorted_and_count_the_wrong_way():
@@ -136,6 +140,9 @@ def test_rows_of_estimates_are_the_evidence():
     verdict = sample("PASS")
     evidence, rows = verdict.evidence, {}
     rows["phases"] = [row["effect"] for row in evidence["phases"]]
+    rows["modes"] = [row["effect"] for row in evidence["modes"]]
+    rows["specificity"] = [evidence["effect"], *(row["effect"] for row in evidence["specificity"])]
+    rows["elsewhere"] = [evidence["effect"], evidence["ood"]["effect"]]
     persona, steered = evidence["baseline"]["persona"], next(r for r in evidence["doses"] if r["dose"] == verdict.dose)
     rows["baseline"] = [
         persona["unwanted"],
@@ -161,6 +168,65 @@ def test_rows_of_estimates_are_the_evidence():
         figures.NOISE,
         figures.TARGET,
     ]
+    ways: Any = figures.modes(verdict)
+    assert [drawn.marker.color for drawn in ways.data] == [figures.TARGET] + 3 * [figures.NOISE]
+    assert list(ways.layout.yaxis.ticktext)[1] == "ablate<br>take it out"
+
+
+def test_methods_show_the_search_beside_the_held_out_effect():
+    verdict = sample("PASS")
+    rows = verdict.evidence["methods"]
+    figure: Any = figures.methods(verdict)
+    seen, held = ([t for t in figure.data if t.name == name] for name in ("fit split", "held-out"))
+    for drawn, key, symbol in ((seen, "searched", "circle-open"), (held, "effect", "circle")):
+        assert [t.x[0] for t in drawn] == [row[key]["value"] for row in rows]
+        for mark, row in zip(drawn, rows, strict=True):
+            np.testing.assert_allclose([mark.error_x.array, mark.error_x.arrayminus], bounds([row[key]]))
+            assert mark.marker.symbol == symbol
+    assert all(abs(one.y[0] - two.y[0]) > 0.3 for one, two in zip(seen, held, strict=True))
+    assert [t.marker.color for t in held] == [figures.TARGET, figures.NOISE, figures.NOISE]
+    assert {t.marker.color for t in seen} == {figures.NOISE}
+    assert list(figure.layout.yaxis.ticktext) == [
+        "<b>mean (judged)</b><br>layer 4, dose 0.5", "whitened<br>layer 4, dose 0.25", "pca<br>layer 5, dose 0.5",
+    ]  # fmt: skip
+    assert "held-out topics, 98.3% intervals (all 3 together)" in words_of(figure)
+    assert "cosine with the judged direction 0.31" in words_of(figure)
+    assert "together" not in words_of(
+        figures.methods(replace(verdict, evidence={**verdict.evidence, "methods": rows[:1]}))
+    )
+
+
+def test_specificity_is_held_against_a_share_of_the_own_effect():
+    verdict = sample("PASS")
+    figure: Any = figures.specificity(verdict)
+    limit = 0.5 * float(np.mean([row["effect"] for row in verdict.evidence["prompts"]]))
+    np.testing.assert_allclose(sorted(s.x0 for s in figure.layout.shapes if s.line.dash == "dash"), [-limit, limit])
+    assert f"limit: ±{number(limit)} (50% of its own)" in words_of(figure)
+    low, high = figure.layout.xaxis.range
+    assert low < -limit < limit < high
+    assert [t.marker.color for t in figure.data] == [figures.TARGET, figures.NOISE, figures.NOISE]
+    assert list(figure.layout.yaxis.ticktext)[2] == "hedging<br>−25% of its own"
+    evidence = complete()
+    for part in ("effect", "share"):
+        evidence["specificity"][1][part] = {
+            key: 4 * value if key in ("value", "lower", "upper") else value
+            for key, value in evidence["specificity"][1][part].items()
+        }
+    moved = verdict_of(evidence)
+    assert next(c for c in moved.criteria if c.name == "specificity").status == "fail"
+    figure = figures.specificity(moved)
+    assert [t.marker.color for t in figure.data] == [figures.TARGET, figures.NOISE, figures.WRONG]
+
+
+def test_elsewhere_says_what_the_prompts_are_and_how_many_move_the_wrong_way():
+    verdict = sample("PASS")
+    figure: Any = figures.elsewhere(verdict)
+    assert "inside an e-mail, a ticket" in words_of(figure)
+    wrong = np.mean([row["effect"] < 0 for row in verdict.evidence["prompts"]])
+    away = verdict.evidence["ood"]["wrong_way"]["value"]
+    assert list(figure.layout.yaxis.ticktext) == [
+        f"held-out<br>anti-steered: {100 * wrong:.1f}%", f"out of distribution<br>anti-steered: {100 * away:.0f}%",
+    ]  # fmt: skip
 
 
 def test_damage_shows_three_measures_against_their_limits():
@@ -204,7 +270,11 @@ def test_what_is_missing_is_said_with_its_reason():
     drawn = {name: words_of(figure) for name, figure in figures.draw(sample("FAIL")).items()}
     assert "not measured: layer 2" in drawn["layer-sweep"]
     assert "<b>not measured</b><br>no control directions were run" in drawn["controls"]
-    assert drawn["baseline"].count("not measured: no personas") == 2
+    assert drawn["baseline"].count("not measured: no personas, and no other way to ask") == 2
+    assert "<b>not measured</b><br>no other templates are known" in drawn["elsewhere"]
+    assert "<b>not measured</b><br>no other shipped behaviour is in words" in drawn["specificity"]
+    assert "<b>not measured</b><br>the methods were not run" in drawn["methods"]
+    assert "<b>not measured</b><br>the modes were not run" in drawn["modes"]
     assert "not measured: fd-005" in drawn["prompt-effects"]
     assert "<b>not measured</b><br>no held-out prompt shows the behaviour" in drawn["necessity"]
 
@@ -215,6 +285,17 @@ def test_a_verdict_without_any_evidence_still_gives_a_page():
     drawn = figures.draw(bare)
     assert list(drawn) == NAMES
     assert all("<b>not measured</b>" in words_of(figure) for figure in drawn.values())
+
+
+def test_a_verdict_of_the_first_version_is_drawn_without_what_it_lacks(verdict):
+    drawn = {name: words_of(figure) for name, figure in figures.draw(first_version(verdict)).items()}
+    assert list(drawn) == NAMES
+    for name in ("elsewhere", "specificity"):
+        assert "<b>not measured</b><br>this verdict does not hold it" in drawn[name]
+    new = {"methods", "modes", "elsewhere", "specificity"}
+    whole = {name: words_of(figure) for name, figure in figures.draw(verdict).items()}
+    absent = [name for name in NAMES if name not in new and "<b>not measured</b>" in drawn[name]]
+    assert absent == [name for name in NAMES if name not in new and "<b>not measured</b>" in whole[name]]
 
 
 def test_figures_leave_the_evidence_alone(verdict):

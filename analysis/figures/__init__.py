@@ -31,18 +31,22 @@ from analysis.figures.verdict import (
     dose_curve,
     dose_response,
     draw,
+    elsewhere,
     layer_sweep,
+    methods,
+    modes,
     necessity,
     phases,
     prompt_effects,
+    specificity,
 )
 
 __all__ = [
     "CLIP", "KINDS", "NOISE", "TARGET", "WRONG", "LivePlot", "abilities", "abilities_by_step", "along_direction",
     "as_html", "attribution_text", "baseline", "before_after_map", "channels", "claims", "controls", "damage",
     "decodability", "decodable", "dose_curve", "dose_response", "draw", "draw_localization", "draw_shift",
-    "draw_training", "gradient_cosines", "gradient_shares", "head_by_head", "implicit_attention_beside",
-    "layer_by_layer", "layer_sweep", "learning", "limiter_and_ratio", "losses", "necessity", "not_measured",
-    "phases", "plotly_script", "prompt_effects", "readout_trajectories", "sharpness_beside", "state_heatmap",
-    "token_shares", "update_sizes", "what_moved",
+    "draw_training", "elsewhere", "gradient_cosines", "gradient_shares", "head_by_head", "implicit_attention_beside",
+    "layer_by_layer", "layer_sweep", "learning", "limiter_and_ratio", "losses", "methods", "modes", "necessity",
+    "not_measured", "phases", "plotly_script", "prompt_effects", "readout_trajectories", "sharpness_beside",
+    "specificity", "state_heatmap", "token_shares", "update_sizes", "what_moved",
 ]  # fmt: skip

@@ -6,14 +6,30 @@ Every function takes a `Verdict` and returns one figure; nothing is computed her
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from analysis.figures import parts
 from analysis.figures.parts import INK, KINDS, MUTED, NATS, NOISE, PALE, TARGET, TEMPLATE, TITLE, WRONG, not_measured
-from analysis.words import EDITED, UNITS, Numbers, ends, estimate, finite, lines, number, ratio, real, safe, searched
+from analysis.words import (
+    EDITED,
+    UNITS,
+    Numbers,
+    ends,
+    estimate,
+    finite,
+    lines,
+    number,
+    percent,
+    ratio,
+    real,
+    reason,
+    safe,
+    searched,
+    wrapped,
+)
 from probes.criteria import Verdict
 from probes.evidence import control_threshold
 
@@ -22,7 +38,10 @@ CLIP = 100.0  # perplexity ratios above this are drawn at the edge of the dose c
 
 def draw(verdict: Verdict) -> dict[str, go.Figure]:
     """Every figure of a verdict, by name, in the order in which a report shows them."""
-    drawn = (layer_sweep, dose_response, controls, baseline, prompt_effects, necessity, phases, decodability, damage)
+    drawn = (
+        layer_sweep, methods, dose_response, controls, baseline, prompt_effects, elsewhere, specificity, necessity,
+        decodability, phases, modes, damage,
+    )  # fmt: skip
     return {function.__name__.replace("_", "-"): function(verdict) for function in drawn}
 
 
@@ -60,6 +79,44 @@ def layer_sweep(verdict: Verdict) -> go.Figure:
     figure.update_yaxes(range=[low, high + 0.12 * (high - low)])
     figure.update_xaxes(title=f"layer ({EDITED[verdict.site]})", tickvals=layers, zeroline=False)
     return parts.unmeasured(figure, [f"layer {row['layer']}" for row in rows if not finite([row["effect"]["value"]])])
+
+
+def methods(verdict: Verdict) -> go.Figure:
+    """Each method where it did best: what cross-validation saw on the fit split, and what held-out topics say."""
+    title, rows = "Methods side by side", verdict.evidence.get("methods") or []
+    if not rows:
+        return not_measured(title, "the methods were not run beside each other")
+    labels = [_bold(wrapped(f"{row['method']}{' (judged)' * row['judged']}", 24), row["judged"]) for row in rows]
+    where = [f"layer {row['layer']}, dose {row['dose']:g}" for row in rows]
+    figure = parts.rows(title, list(map(lines, labels, where)), f"effect on propensity ({NATS})")
+    figure.update_layout(height=186 + 84 * len(rows), margin_t=TITLE + 64)  # two marks a row
+    for y, row in enumerate(rows):
+        color, sure = TARGET if row["judged"] else NOISE, row["effect"]
+        words = lines(
+            f"<b>{safe(row['method'])}</b>, {where[y]}",
+            f"cross-validated on the fit split {estimate(row['searched'])} nats",
+            f"held-out {estimate(sure)} nats, an interval of {number(100 * sure['confidence'])}%",
+            f"meaningless directions are expected to reach {number(row['bar'])} nats there",
+            f"AUROC {number(row['auroc'])}, perplexity ratio {ratio(row['perplexity_ratio'])}",
+            f"cosine with the judged direction {number(row['cosine'])}" if row["cosine"] is not None else "",
+        )
+        for seen, at, symbol, hue in ((row["searched"], -0.19, "circle-open", NOISE), (sure, 0.19, "circle", color)):
+            if finite([seen["value"]]):
+                figure.add_scatter(
+                    x=[seen["value"]], y=[y + at], mode="markers+text", error_x=parts.bars([seen], hue),
+                    marker=dict(size=12, color=hue, symbol=symbol, line=dict(width=2, color=hue)), hovertext=[words],
+                    text=[_bold(number(seen["value"]), symbol == "circle")], textposition="top center",
+                    name="fit split" if symbol == "circle-open" else "held-out",
+                )  # fmt: skip
+            else:
+                parts.absent(figure, y + at, "no value")
+    sure = f"{number(100 * rows[0]['effect']['confidence'])}% intervals"
+    sure += f" (all {len(rows)} together)" if len(rows) > 1 else ""
+    key = lines("hollow: cross-validated on the fit split, 95% intervals", f"filled: held-out topics, {sure}")
+    parts.heading(figure, key)
+    return figure.update_xaxes(
+        range=parts.span(end for row in rows for k in ("searched", "effect") for end in ends(row[k]))
+    )
 
 
 def dose_response(verdict: Verdict) -> go.Figure:
@@ -154,16 +211,18 @@ def baseline(verdict: Verdict) -> go.Figure:
         return not_measured(title, "the unsteered model was not scored")
     persona, doses = found.get("persona") or {}, verdict.evidence.get("doses") or []
     steered = next((row["propensity"] for row in doses if row["dose"] == verdict.dose), None)
+    unasked, by = "no personas, and no other way to ask", f" by {persona['how']}" if persona.get("how") else ""
     rows = (
-        ("told to show<br>unwanted", persona.get("unwanted"), WRONG, "diamond", "no personas"),
+        ("told to show<br>unwanted", persona.get("unwanted"), WRONG, "diamond", unasked),
         ("left alone", found["propensity"], NOISE, "circle", ""),
         (f"steered,<br>dose {verdict.dose:g}", steered, TARGET, "circle", "not on the dose curve"),
-        ("told to show<br>wanted", persona.get("wanted"), TARGET, "diamond", "no personas"),
+        ("told to show<br>wanted", persona.get("wanted"), TARGET, "diamond", unasked),
     )
     figure = parts.rows(title, [label for label, *_ in rows], f"propensity<br>({NATS})")
     for y, (label, seen, color, symbol, why) in enumerate(rows):
         if seen:
-            parts.point(figure, y, seen, color, f"<b>{label.replace('<br>', ' ')}</b>", symbol=symbol)
+            told = by if symbol == "diamond" else ""
+            parts.point(figure, y, seen, color, f"<b>{label.replace('<br>', ' ')}</b>{safe(told)}", symbol=symbol)
         else:
             parts.absent(figure, y, why)
     return figure.update_xaxes(range=parts.span(end for _, seen, *_ in rows if seen for end in ends(seen)))
@@ -206,6 +265,46 @@ def prompt_effects(verdict: Verdict) -> go.Figure:
     return parts.unmeasured(figure, [safe(row["id"]) for row in rows if not finite([row["effect"]])])
 
 
+def elsewhere(verdict: Verdict) -> go.Figure:
+    """The working intervention on held-out prompts, and on prompts unlike any that it was made from."""
+    title, found = "On prompts unlike the data", verdict.evidence.get("ood")
+    if not found:
+        return not_measured(title, wrapped(reason(verdict.criteria, "effect elsewhere"), 48))
+    seen = [(verdict.evidence["effect"], verdict.evidence.get("wrong_way")), (found["effect"], found["wrong_way"])]
+    labels = [
+        lines(name, f"anti-steered: {percent(wrong['value'])}" if isinstance(wrong, Mapping) else "")
+        for name, (_, wrong) in zip(("held-out", "out of distribution"), seen, strict=True)
+    ]
+    figure = parts.rows(title, labels, f"effect on propensity<br>({NATS})")
+    for y, (name, symbol) in enumerate((("held-out prompts", "circle"), ("out of distribution", "diamond"))):
+        parts.point(figure, y, seen[y][0], TARGET, f"<b>{name}</b>", symbol=symbol)
+    what = wrapped(f"out of distribution: {found['what']}", 64)
+    more = 17 * what.count("<br>")
+    figure.update_layout(margin_t=TITLE + 28 + more, height=266 + more)
+    parts.heading(figure, what)
+    return figure.update_xaxes(range=parts.span(end for effect, _ in seen for end in ends(effect)))
+
+
+def specificity(verdict: Verdict) -> go.Figure:
+    """What the working intervention does to other behaviours, beside what it does to its own."""
+    title, rows = "On other behaviours", verdict.evidence.get("specificity") or []
+    if not rows:
+        return not_measured(title, wrapped(reason(verdict.criteria, "specificity"), 48))
+    own, share = verdict.evidence["effect"], _threshold(verdict, "specificity")
+    labels = [f"<b>{wrapped(verdict.behavior, 20)}</b><br>its own"]
+    labels += [f"{wrapped(row['name'], 20)}<br>{percent(row['share']['value'])} of its own" for row in rows]
+    figure = parts.rows(title, labels, f"effect on propensity<br>({NATS})")
+    parts.point(figure, 0, own, TARGET, f"<b>{safe(verdict.behavior)}</b>, at which it aims")
+    for y, row in enumerate(rows, 1):
+        much = share is not None and abs(real(row["share"]["value"])) > share
+        parts.point(figure, y, row["effect"], WRONG if much else NOISE, f"<b>{safe(row['name'])}</b>")
+    bar = None if share is None or own["value"] is None else abs(own["value"]) * share
+    span = parts.span([*(end for row in rows for end in ends(row["effect"])), *ends(own), bar, bar and -bar])
+    if bar is not None:
+        parts.line(figure, "x", -bar)
+    return parts.limit(figure, bar, f"limit: ±{number(bar)} ({percent(share)} of its own)", span)
+
+
 def necessity(verdict: Verdict) -> go.Figure:
     """What is lost when the direction is taken out, beside taking out random ones."""
     title, found = "Taking the direction out", verdict.evidence.get("necessity")
@@ -223,15 +322,29 @@ def necessity(verdict: Verdict) -> go.Figure:
 
 def phases(verdict: Verdict) -> go.Figure:
     """Effect when only the prompt's tokens, only the answer's tokens, or both are edited."""
-    title, rows = "Which tokens to edit", verdict.evidence.get("phases") or []
-    if not rows:
-        return not_measured(title, "the phases were not run apart")
     words = {"prefill": "prompt tokens", "decode": "answer tokens", "both": "all tokens"}
-    labels = [f"{safe(row['phase'])}<br>{words.get(row['phase'], '')}" for row in rows]
+    rows = verdict.evidence.get("phases") or []
+    return _variants("Which tokens to edit", rows, "phase", words, "the phases were not run apart")
+
+
+def modes(verdict: Verdict) -> go.Figure:
+    """Effect when the direction is added, taken out, set, or turned to."""
+    words = {
+        "add": "add the direction", "ablate": "take it out", "clamp": "set the component", "rotate": "turn towards it",
+    }  # fmt: skip
+    rows = verdict.evidence.get("modes") or []
+    return _variants("What to do with it", rows, "mode", words, "the modes were not run apart")
+
+
+def _variants(title: str, rows: Sequence[Numbers], key: str, words: Mapping[str, str], why: str) -> go.Figure:
+    """The working intervention beside others that differ in one choice."""
+    if not rows:
+        return not_measured(title, why)
+    labels = [lines(wrapped(row[key], 20), words.get(row[key], "")) for row in rows]
     figure = parts.rows(title, labels, f"effect on propensity<br>({NATS})")
     for y, row in enumerate(rows):
         color, mark = (TARGET, " (working)") if row["working"] else (NOISE, "")
-        parts.point(figure, y, row["effect"], color, f"<b>{safe(row['phase'])}</b>{mark}", mark=mark)
+        parts.point(figure, y, row["effect"], color, f"<b>{safe(row[key])}</b>{mark}", mark=mark)
     return figure.update_xaxes(range=parts.span(end for row in rows for end in ends(row["effect"])))
 
 
@@ -320,6 +433,10 @@ def _ratio_panel(figure: go.Figure, rows: Sequence[Numbers], marker: Numbers, li
     )
     for end in limits:
         parts.line(figure, "y", end, panel=2)
+
+
+def _bold(text: str, bold: bool = True) -> str:
+    return f"<b>{text}</b>" if bold else text
 
 
 def _failed(verdict: Verdict, name: str) -> bool:
