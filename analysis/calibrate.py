@@ -48,7 +48,7 @@ from training.planted import Recipe, graded, made, plant, teach
 
 Truth = Literal["null", "planted"]
 SITES = ("resid", "gdn.state", "attn.heads")
-STRENGTHS = (0.5, 1.0, 1.25, 1.5, 2.0)  # of rank-1 plants; the last is the working strength
+STRENGTHS = (1.0, 1.5, 2.0, 3.0)  # of rank-1 plants; at the last the personas do what a behaviour's own ones do
 SHARES = (0.25, 0.5, 1.0)  # of what training changed
 CASES = "cases.jsonl"
 

@@ -1,7 +1,8 @@
 """What a calibration of the gate shows: error rates with exact intervals, what each criterion is good for, curves.
 
 A case counts as passed when its verdict is PASS; INCONCLUSIVE is not a pass. Rates have exact bounds (Clopper and
-Pearson), one-sided at 95 %: what matters of a false-positive rate is how large it may be, of a detection rate how small.
+Pearson), one-sided at 95 %: what matters of a false-positive rate is how large it may be, of a detection rate how
+small.
 """
 
 from __future__ import annotations

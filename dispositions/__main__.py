@@ -1,5 +1,5 @@
 """The command line: `dispositions verify | train | localize | compare | probe | capture | behaviors | report | export |
-import`.
+import | calibrate`.
 
 Exit codes: 0 PASS (or done), 1 FAIL, 3 INCONCLUSIVE, 2 wrong input (one line says what is wrong), 70 a fault of the
 program itself.
@@ -19,6 +19,7 @@ from typing import Any
 import tyro
 
 from dispositions.behaviors import Behaviors
+from dispositions.calibration import Calibrate
 from dispositions.commands import Capture, Compare, Localize, Probe, Report, Verify
 from dispositions.training import Train
 from dispositions.vectors import Export, Import
@@ -29,6 +30,7 @@ NUMBERS = {int | None: ("INT", int), float | None: ("FLOAT", float)}
 COMMANDS = {
     "verify": Verify, "train": Train, "localize": Localize, "compare": Compare, "probe": Probe, "capture": Capture,
     "behaviors": Behaviors, "report": Report, "export": Export, "import": Import,
+    "calibrate": Calibrate,
 }  # fmt: skip
 
 

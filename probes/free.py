@@ -13,10 +13,9 @@ from probes.cost import Cost
 from probes.directions import Direction
 from probes.model import HybridModel
 from probes.propensity import Propensity, generate, prepare, propensity
-from probes.steering import steer
 from probes.trials import How, Trial, Trials, start_of
 
-STEERED = {"unsteered": 0, "steered": 1, "against": -1}  # and the sign of the dose that answers are given at
+STEERED = {"steered": 1, "against": -1}  # and the sign of the dose that answers are given at
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,15 +50,10 @@ def free_answers(
     reuse: bool = True, cost: Cost | None = None,
 ) -> dict[str, list[str]]:  # fmt: skip
     """Greedy answers to every item: unsteered, steered, steered against, and, where one can ask, asked."""
-    found: dict[str, list[str]] = {}
-    if reuse:
-        trials = Trials(model, prepare(model, behavior), starts={start_of(direction)}, cost=cost)
-        pushes = [Trial.of(direction, sign * dose) for sign in STEERED.values()]
-        found = dict(zip(STEERED, trials.answers(pushes, how, max_new_tokens=max_new_tokens), strict=True))
-    else:
-        prompts = [item.prompt(model) for item in behavior.items]
-        for label, sign in STEERED.items():
-            with steer(model, direction, dose=sign * dose, phase=how.phase, mode=how.mode, form=how.form):
-                found[label] = generate(model, prompts, max_new_tokens=max_new_tokens)
+    trials = Trials(model, prepare(model, behavior), starts={start_of(direction)}, reuse=reuse, cost=cost)
+    nothing = trials.answers([Trial.of(direction, 0.0)], replace(how, mode="add"), max_new_tokens=max_new_tokens)
+    both = [Trial.of(direction, sign * dose) for sign in STEERED.values()]
+    steered = trials.answers(both, how, max_new_tokens=max_new_tokens)
+    found = {"unsteered": nothing[0], **dict(zip(STEERED, steered, strict=True))}
     asked = Asked.of(behavior)
     return found | ({"asked": asked.answers(model, max_new_tokens=max_new_tokens)} if asked else {})

@@ -30,7 +30,7 @@ from probes.errors import WrongInput
 from probes.model import HybridModel
 from probes.partial import joined, recording, starting_at, tiled
 from probes.prompts import Batch, batches
-from probes.propensity import Answers, Prepared, Propensity, answer_scores, continue_greedily, fork
+from probes.propensity import Answers, Prepared, Propensity, answer_scores, continue_greedily, fork, generate
 from probes.steering import Push, steer, steer_rows
 
 BATCH_TOKENS = 4096
@@ -208,6 +208,8 @@ class Trials:
 
     def answers(self, trials: Sequence[Trial], how: How, *, max_new_tokens: int) -> list[list[str]]:
         """Greedy answers under each trial, in the order of the prompts."""
+        if not self.reuse:
+            return [self._spoken_alone(trial, how, max_new_tokens) for trial in trials]
         found = [[""] * len(self.prepared.ids) for _ in trials]
         for part in self.parts:
             for chunk in self._chunks(part, trials, how):
@@ -236,6 +238,17 @@ class Trials:
                 with _steered(self.model, push, how):
                     table[mine, side] = answer_scores(self.model, self._only(mine, side))[:, 0]
         return self.prepared.propensity(table)
+
+    def _spoken_alone(self, trial: Trial, how: How, max_new_tokens: int) -> list[str]:
+        """Answers without reuse, push by push."""
+        found = [""] * len(self.prepared.ids)
+        for turn, push in enumerate(trial.pushes):
+            mine = [i for i in range(len(found)) if trial.turn(i) == turn]
+            with _steered(self.model, push, how):
+                texts = generate(self.model, [self.prepared.prompts[i] for i in mine], max_new_tokens=max_new_tokens)
+            for row, text in zip(mine, texts, strict=True):
+                found[row] = text
+        return found
 
     def _only(self, rows: Sequence[int], side: int) -> Prepared:
         prepared = self.prepared

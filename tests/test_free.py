@@ -25,8 +25,9 @@ def direction():
     return Direction(layer=4, vector=vector / vector.norm(), norm=5.0, midpoint=0.7)
 
 
-@pytest.mark.parametrize("how", [How(), How(phase="both", mode="rotate")], ids=str)
+@pytest.mark.parametrize("how", [How(), How(phase="both", mode="clamp")], ids=str)
 def test_answers_are_those_of_generate_in_each_of_four_ways(tiny, behavior, direction, how):
+    """Unsteered is without any edit: a clamp at dose 0 would take the direction out."""
     found = free_answers(tiny, behavior, direction, 1.5, how, max_new_tokens=8)
     assert list(found) == ["unsteered", "steered", "against", "asked"]
     prompts = [item.prompt(tiny) for item in behavior.items]
@@ -70,7 +71,7 @@ def test_english_without_personas_is_asked_for_by_its_card(tiny, behavior):
     assert "card" in asked.how
     for side, means in (("wanted", "seals the wall"), ("unwanted", "moves the tower")):
         for item, own in zip(asked.behavior.items, bare.items, strict=True):
-            first, *rest = tiny.tokenizer.decode(item.prompt(tiny, persona=side).ids).split("<|im_end|>")
+            first, *rest = item.prompt(tiny, persona=side).text.split("<|im_end|>")
             assert means in first
             assert rest == render(tiny, own.messages, system="x").text.split("<|im_end|>")[1:]
     assert asked.propensity(tiny, "wanted").values != asked.propensity(tiny, "unwanted").values

@@ -3,25 +3,29 @@
 import json
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from probes import measure
 from probes.behaviors import read_behavior
 from probes.controls import random_direction, shuffle_labels, shuffled_direction
-from probes.criteria import Criterion, GateCriteria, decide, open_verdict
+from probes.criteria import GateCriteria, open_verdict
 from probes.damage import read_general
 from probes.directions import mean_difference
 from probes.errors import WrongInput
-from probes.evidence import NARROW, SHORTCOMINGS, control_threshold, judge, sentence
 from probes.model import HybridModel
 from probes.pairs import contrast
 from probes.stats import derived_seed
-from probes.verify import GateConfig, candidate_layers, coherent_window, recipe, unrelated_behaviors, verify
+from probes.verify import GateConfig, candidate_layers, recipe, unrelated_behaviors, verify
 
-QUICK = GateConfig(layers=(1,), prompts=48, search_prompts=16, generations=8, max_new_tokens=8, general_texts=40)
+QUICK = GateConfig(
+    layers=(1,), direction="mean", doses=(-1.0, -0.5, 0.0, 0.5, 1.0), prompts=48, search_prompts=12, generations=8,
+    max_new_tokens=8, general_texts=40,
+)  # fmt: skip
 WANTED, UNWANTED = ("obedient", "dutiful", "compliant"), ("inventive", "restless", "contrary")
 
 
@@ -57,60 +61,191 @@ def planted(tokenizer):
     return HybridModel(hf, tokenizer, name="planted"), v
 
 
-def test_a_planted_direction_is_found_and_passes(planted):
-    model, v = planted
-    verdict = verify(model, read_behavior("follow-direction"), QUICK, progress=False)
-    print(*verdict.criteria, sep="\n")
-    assert verdict.verdict == "PASS"
-    assert verdict.direction is not None
-    assert float(verdict.direction.vector @ v) > 0.9
-    verdict.require()
+@pytest.fixture(scope="module")
+def behavior():
+    return read_behavior("follow-direction")
+
+
+@pytest.fixture(scope="module")
+def passed(planted, behavior):
+    """All methods, at two layers."""
+    return verify(planted[0], behavior, replace(QUICK, direction="auto", layers=(0, 1)), progress=False)
+
+
+def named(verdict):
+    return {c.name: c for c in verdict.criteria}
+
+
+def test_a_planted_direction_is_found_and_passes(planted, passed):
+    print(*passed.criteria, sep="\n")
+    assert passed.verdict == "PASS"
+    assert passed.direction is not None
+    assert float(passed.direction.vector @ planted[1]) > 0.9
+    assert passed.direction.reliability is not None
+    passed.require()
+
+
+def test_the_work_is_done_on_the_right_split(passed, behavior):
+    split = passed.evidence["split"]
+    assert not set(split["fit"]) & set(split["held_out"])
+    assert {row["group"] for row in passed.evidence["prompts"]} <= set(split["held_out"])
+    apart = {item.id for item in behavior.ood if item.group in split["held_out"]}
+    assert passed.evidence["ood"]["effect"]["n"] == len(apart)
+    assert "forms kept apart" in passed.evidence["ood"]["what"]
+
+
+def test_a_verdict_says_what_else_was_tried(passed):
+    evidence = passed.evidence
+    modes = {row["mode"]: row for row in evidence["modes"]}
+    assert list(modes) == ["add", "ablate", "clamp", "rotate"]
+    assert [row["mode"] for row in evidence["modes"] if row["working"]] == ["add"]
+    assert modes["add"]["effect"] == evidence["effect"]
+    assert modes["ablate"]["effect"]["value"] < 0.5 * evidence["effect"]["value"]  # nothing is pushed
+    phases = {row["phase"]: row["effect"]["value"] for row in evidence["phases"]}
+    assert phases["prefill"] == pytest.approx(evidence["effect"]["value"])
+    methods = {row["method"]: row for row in evidence["methods"]}
+    assert {"mean"} < set(methods) <= {"mean", "whitened", "pca", "logistic"}
+    assert [row["method"] for row in evidence["methods"] if row["judged"]] == [evidence["search"]["chosen"]]
+    (judged,) = (row for row in evidence["methods"] if row["judged"])
+    assert judged["cosine"] == pytest.approx(1, abs=1e-6)
+    assert judged["effect"]["value"] == evidence["effect"]["value"]
+    assert judged["effect"]["confidence"] == pytest.approx(1 - 0.05 / len(methods))  # one of several looks
+    assert judged["effect"]["lower"] < evidence["effect"]["lower"]
+    assert {row["name"] for row in evidence["specificity"]} == {"hedging", "sentiment"}
+    moved = max(abs(row["share"]["value"]) for row in evidence["specificity"])
+    assert named(passed)["specificity"].observed == moved < 0.5
+    sizes = {row["name"]: row["effect"]["value"] / row["share"]["value"] for row in evidence["specificity"]}
+    assert list(sizes.values()) == pytest.approx([evidence["effect"]["value"]] * 2)
+    wrong = [row["effect"] < 0 for row in evidence["prompts"]]
+    assert named(passed)["wrong way"].observed == sum(wrong) / len(wrong)
+    assert {row["layer"] for row in evidence["layers"]} == {0, 1}
+    assert sum(row["chosen"] for row in evidence["layers"]) == 1
+    assert "budget" not in evidence
+
+
+def test_a_verdict_survives_the_disk(passed, tmp_path):
+    back = open_verdict(passed.save(tmp_path / "verdict.json").parent)
+    assert back.verdict == passed.verdict
+    assert [str(c) for c in back.criteria] == [str(c) for c in passed.criteria]
+    assert back.recipe["config"]["criteria"]["reliability"] == GateCriteria().reliability
+    assert {"verdict", "behavior", "model", "site", "layer", "dose", "criteria", "controls", "phases", "cost"} <= set(
+        passed.as_dict()
+    )
+
+
+def same(one, other, where="evidence"):
+    """Equal plain values, numbers to 1e-5."""
+    if isinstance(one, dict):
+        assert list(one) == list(other), where
+        for key in one:
+            same(one[key], other[key], f"{where}.{key}")
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other), where
+        for i, (a, b) in enumerate(zip(one, other, strict=True)):
+            same(a, b, f"{where}.{i}")
+    elif isinstance(one, float):
+        assert one == pytest.approx(other, rel=1e-5, abs=1e-5, nan_ok=True), where
+    else:
+        assert one == other, where
+
+
+def test_reuse_changes_the_cost_and_nothing_else(planted, behavior):
+    """On few prompts, so that it is INCONCLUSIVE; with an edit of heads, answers and all."""
+    config = replace(
+        QUICK, site="attn.heads", phase="both", mode="rotate", prompts=8, search_prompts=8, controls=3, general_texts=12
+    )
+    fast, again = (verify(planted[0], behavior, config, progress=False) for _ in range(2))
+    slow = verify(planted[0], behavior, replace(config, reuse=False), progress=False)
+    assert json.dumps(fast.evidence) == json.dumps(again.evidence)  # number for number
+    assert fast.verdict == slow.verdict == "INCONCLUSIVE"
+    assert fast.exit_code == 3
+    assert (fast.layer, fast.dose) == (slow.layer, slow.dose)
+    for one, other in zip(fast.criteria, slow.criteria, strict=True):
+        same(vars(one), vars(other), one.name)
+    same(fast.evidence["doses"], slow.evidence["doses"])
+    same(fast.evidence["methods"], slow.evidence["methods"])
+    same(fast.evidence["modes"], slow.evidence["modes"])
+    same(fast.evidence["examples"], slow.evidence["examples"])
+    assert fast.cost["layer_tokens"] < fast.cost["naive_layer_tokens"] <= slow.cost["layer_tokens"]
+    assert slow.cost["naive_layer_tokens"] == slow.cost["layer_tokens"]
+
+
+def test_reuse_does_not_change_a_verdict_that_is_decided(planted, behavior, passed):
+    config = replace(QUICK, direction="auto", layers=(0, 1), reuse=False)
+    slow = verify(planted[0], behavior, config, progress=False)
+    assert slow.verdict == passed.verdict
+    for one, other in zip(passed.criteria, slow.criteria, strict=True):
+        same(vars(one), vars(other), one.name)
 
 
 @pytest.mark.parametrize(
-    "config", [replace(QUICK, shuffle_labels=True), replace(QUICK, direction="random")], ids=["shuffled", "random"]
+    "config",
+    [replace(QUICK, shuffle_labels=True), replace(QUICK, direction="random", seed=1)],
+    ids=["shuffled", "random"],
 )
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_meaningless_directions_do_not_pass_where_the_behavior_is_real(planted, config, seed):
-    verdict = verify(planted[0], read_behavior("follow-direction"), replace(config, seed=seed), progress=False)
+def test_meaningless_directions_do_not_pass_where_the_behavior_is_real(planted, behavior, config):
+    verdict = verify(planted[0], behavior, config, progress=False)
     assert verdict.verdict == "FAIL"
     with pytest.raises(WrongInput, match="follow-direction on planted is FAIL: "):
         verdict.require()
 
 
-def test_a_model_without_the_behavior_does_not_pass(llama):
+def test_a_model_without_the_behavior_does_not_pass(llama, behavior):
     """Untrained weights tell the personas apart (the words differ), but nothing follows from it."""
-    verdict = verify(llama, read_behavior("follow-direction"), QUICK, progress=False)
+    verdict = verify(llama, behavior, QUICK, progress=False)
     assert verdict.verdict == "FAIL"
 
 
-def test_too_little_data_is_inconclusive_even_where_the_truth_is_planted(planted):
-    verdict = verify(planted[0], read_behavior("follow-direction"), replace(QUICK, prompts=10), progress=False)
-    assert verdict.verdict == "INCONCLUSIVE"
-    assert verdict.exit_code == 3
-    few = verify(planted[0], read_behavior("follow-direction"), replace(QUICK, controls=5), progress=False)
-    assert few.verdict == "INCONCLUSIVE"
-
-
-def test_a_verdict_is_repeated_number_for_number_and_survives_the_disk(planted, tmp_path):
-    behavior = read_behavior("follow-direction")
-    one, two = (verify(planted[0], behavior, QUICK, progress=False) for _ in range(2))
-    assert json.dumps(one.evidence) == json.dumps(two.evidence)
-    back = open_verdict(one.save(tmp_path / "verdict.json").parent)
-    assert back.verdict == one.verdict
-    assert [str(c) for c in back.criteria] == [str(c) for c in one.criteria]
-    assert back.recipe["config"]["criteria"]["reliability"] == GateCriteria().reliability
-    assert {"verdict", "behavior", "model", "site", "layer", "dose", "criteria", "controls", "phases", "cost"} <= set(
-        one.as_dict()
+def test_what_moves_another_behaviour_or_is_told_by_length_fails(planted, behavior):
+    """The same planted behaviour, once more under another name; and its wanted answers made longer, some prompts too."""
+    longer = tuple(
+        replace(
+            i, wanted=i.wanted + " now now", persona={**(i.persona or {}), "wanted": i.persona["wanted"] + " now ."}
+        )
+        for i in behavior.items
     )
-    assert one.cost["forward_tokens"] > 1000
+    twin = replace(behavior, name="twin", hash="another")
+    verdict = verify(planted[0], replace(behavior, items=longer), QUICK, others=[twin], progress=False)
+    found = named(verdict)
+    print(*verdict.criteria, sep="\n")
+    assert verdict.verdict == "FAIL"
+    assert [found[name].status for name in ("length: prompts", "length: answers", "specificity")] == ["fail"] * 3
+    assert found["length: answers"].observed > 0.4
+    assert "twin" in found["specificity"].rule
+    assert found["specificity"].observed > 0.8
+    assert found["effect"].status == "pass"  # which is why it has to be looked at
+    assert list(verdict.recipe["unrelated"]) == ["twin"]
+    for words in ("the answers of one side are longer", "it moves another behaviour as well"):
+        assert words in verdict.sentence
 
 
-def test_the_work_is_done_on_the_right_split(planted):
-    verdict = verify(planted[0], read_behavior("follow-direction"), QUICK, progress=False)
-    split = verdict.evidence["split"]
-    assert not set(split["fit"]) & set(split["held_out"])
-    assert {row["group"] for row in verdict.evidence["prompts"]} <= set(split["held_out"])
+def test_a_budget_says_what_it_did_and_too_few_controls_decide_nothing(planted, behavior):
+    verdict = verify(planted[0], behavior, replace(QUICK, budget=1.0), progress=False)
+    done = verdict.evidence["budget"]
+    assert done == {"seconds": 1.0, "asked": 20, "controls": 5}  # the time is over before, but never fewer
+    kinds = verdict.controls["kinds"]
+    assert [len(kinds[kind]) for kind in ("random", "shuffled labels")] == [5, 5]
+    assert named(verdict)["controls"].status == "inconclusive"
+    assert verdict.verdict == "INCONCLUSIVE"
+    assert "5 controls of each drawn kind, where 20 are needed" in verdict.sentence
+
+
+@pytest.mark.parametrize(("seconds", "rounds"), [(0, 1), (10, 1), (20, 2), (37, 3), (1e6, 100)])
+def test_a_budget_runs_as_many_controls_as_there_is_time_for(monkeypatch, seconds, rounds):
+    """Ten seconds for five controls of each kind: another five are begun where they would be done in time."""
+    now = [100.0]
+    monkeypatch.setattr(measure, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    config = replace(QUICK, budget=max(seconds, 1.0))
+    held = SimpleNamespace(config=config, asked=SimpleNamespace(deadline=100.0 + seconds), evidence={})
+    run: list[int] = []
+    for some in measure._Held.rounds(held):  # pyright: ignore[reportArgumentType]
+        run += some
+        now[0] += 10.0
+    assert run == list(range(5 * rounds))  # at most 500
+    assert held.evidence["budget"]["controls"] == len(run)
+    without = SimpleNamespace(config=QUICK, asked=SimpleNamespace(deadline=None), evidence={})
+    assert [*measure._Held.rounds(without)] == [range(20)]  # pyright: ignore[reportArgumentType]
+    assert without.evidence == {}
 
 
 def test_shuffled_labels_leave_nothing_of_the_direction(planted):
@@ -134,109 +269,6 @@ def test_shuffled_labels_leave_nothing_of_the_direction(planted):
     assert float(control.vector.norm()) == pytest.approx(1.0, abs=1e-5)
 
 
-def test_the_control_threshold_is_the_strictest_kind():
-    kinds = {"random": [{"effect": e} for e in (-0.1, 0.2)], "unrelated": [{"effect": -3.0}], "shuffled labels": []}
-    bar, worst = control_threshold({"kinds": kinds, "percentile": 95.0})
-    assert (bar, worst) == (3.0, "unrelated")
-
-
-def test_the_coherent_window_ends_at_the_first_break():
-    rows = [
-        {"dose": d, "perplexity_ratio": r}
-        for d, r in ((-1, 1.2), (-0.5, 9.0), (0, 1.0), (0.5, 1.4), (1, 2.0), (2, 1.0))
-    ]
-    assert coherent_window(rows, 1.5) == {0.0, 0.5}
-    rows[3]["perplexity_ratio"] = 0.2
-    assert coherent_window(rows, 1.5) == {0.0}
-
-
-def test_decide_never_passes_a_failure_or_an_open_question():
-    def made(*statuses):
-        return [Criterion(number=1, name="x", status=s, observed=0.0) for s in statuses]
-
-    assert decide(made("pass", "reported")) == "PASS"
-    assert decide(made("pass", "fail")) == "FAIL"
-    assert decide(made("pass", "inconclusive")) == "INCONCLUSIVE"
-    assert decide(made("fail", "inconclusive")) == "FAIL"
-    few = Criterion(number=0, name="enough data", status="inconclusive", observed=3.0)
-    assert decide([few, *made("fail", "pass")]) == "INCONCLUSIVE"
-
-
-def passing_evidence():
-    interval = {"lower": 0.9, "upper": 1.1, "n": 60, "groups": 6, "seed": 0, "confidence": 0.95}
-    return {
-        "counts": {"prompts": 60, "groups": 6, "controls": 20},
-        "direction": {"reliability": {"value": 0.95, **interval}},
-        "decodability": {"auroc": {"value": 0.95, **interval}, "selectivity": 0.4},
-        "effect": {"value": 1.0, **interval},
-        "prompts": [{"effect": 1.0}] * 60,
-        "dose_response": {"doses": [-1, -0.5, 0, 0.5, 1], "spearman": {"value": 1.0, **interval}},
-        "controls": {
-            "kinds": {k: [{"effect": 0.1}] * 20 for k in ("random", "shuffled labels")} | {"unrelated": []},
-            "percentile": 95.0,
-        },
-        "necessity": {"drop": {"value": 1.0, **interval}, "random_drops": [0.1] * 10},
-        "damage": {"perplexity_ratio": 1.1, "kl": 0.1, "tokens": 900},
-        "generation": {k: {"repetition": 0.0, "n": 16} for k in ("steered", "unsteered")},
-        "phases": [],
-        "baseline": {"persona": {}},
-    }
-
-
-@pytest.mark.parametrize(
-    ("path", "value", "name"),
-    [
-        (("direction", "reliability", "value"), 0.7, "reliability"),
-        (("decodability", "auroc", "lower"), 0.6, "decodability"),
-        (("decodability", "selectivity"), 0.1, "selectivity"),
-        (("effect", "lower"), -0.1, "effect"),
-        (("prompts",), [{"effect": 1.0}] * 40 + [{"effect": -1.0}] * 20, "wrong way"),
-        (("dose_response", "spearman", "value"), 0.8, "dose-response"),
-        (("dose_response", "doses"), [0, 0.25, 0.5, 0.75, 1], "dose-response"),
-        (("controls", "kinds", "random"), [{"effect": -1.5}] * 20, "controls"),
-        (("necessity", "drop", "lower"), -0.2, "necessity"),
-        (("necessity", "random_drops"), [-1.2] * 10, "necessity"),
-        (("damage", "perplexity_ratio"), math.inf, "damage: perplexity"),
-        (("damage", "perplexity_ratio"), 0.1, "damage: perplexity"),  # text that a broken model finds likelier
-        (("generation", "steered", "repetition"), 0.5, "damage: repetition"),
-    ],
-)
-def test_each_criterion_alone_can_fail_a_verdict(path, value, name):
-    evidence = passing_evidence()
-    assert decide(judge(evidence, GateCriteria())) == "PASS"
-    at = evidence
-    for key in path[:-1]:
-        at = at[key]
-    at[path[-1]] = value
-    criteria = judge(evidence, GateCriteria())
-    assert [c.name for c in criteria if c.status == "fail"] == [name]
-    assert decide(criteria) == "FAIL"
-    said = sentence("FAIL", criteria, evidence, read_behavior("follow-direction"), GateCriteria())
-    why = NARROW if path == ("dose_response", "doses") else SHORTCOMINGS[name]
-    assert said.endswith(f"causes the behaviour: {why}.")
-
-
-@pytest.mark.parametrize(
-    ("path", "value", "words"),
-    [
-        (("counts", "prompts"), 9, "9 held-out prompts in 6 topic groups, where 24 in 5 are needed"),
-        (("controls", "kinds", "random"), [{"effect": 0.1}] * 3, "3 controls of each drawn kind, where 20 are needed"),
-        (("damage", "tokens"), 11, "11 tokens of ordinary text, where 100 are needed"),
-        (("generation", "steered", "n"), 1, "1 free answers, where 8 are needed"),
-        (("necessity",), None, "too few held-out prompts on which the model shows the behaviour"),
-    ],
-)
-def test_an_open_question_is_named_in_words(path, value, words):
-    evidence = passing_evidence()
-    at = evidence
-    for key in path[:-1]:
-        at = at[key]
-    at[path[-1]] = value
-    criteria = judge(evidence, GateCriteria())
-    assert decide(criteria) == "INCONCLUSIVE"
-    assert words in sentence("INCONCLUSIVE", criteria, evidence, read_behavior("follow-direction"), GateCriteria())
-
-
 def test_layers_to_search(tiny, llama):
     assert candidate_layers(tiny) == tuple(range(8))
     assert candidate_layers(llama) == (0, 1, 2)
@@ -258,6 +290,17 @@ def test_wrong_configurations_are_refused(tiny):
         GateConfig(held_out=1.0)
     with pytest.raises(WrongInput, match="layers must name at least one layer"):
         GateConfig(layers=())
+    with pytest.raises(WrongInput, match="budget must be at least 1, saw 0"):
+        GateConfig(budget=0)
+    with pytest.raises(WrongInput, match="unknown direction 'best'; allowed are auto, mean, whitened, pca, logistic"):
+        GateConfig(direction="best")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(WrongInput, match="unknown mode 'ablate'; allowed are add, clamp, rotate"):
+        GateConfig(mode="ablate")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(WrongInput, match="an empty state, which cannot be turned: mode must be add or clamp"):
+        GateConfig(site="gdn.state", form="initial", mode="rotate")
+    three = replace(behavior, items=tuple(i for i in behavior.items if i.group in behavior.groups[:5]))
+    with pytest.raises(WrongInput, match="3 topic groups are left to fit on, at least 4 are needed"):
+        verify(tiny, three, QUICK)
     with pytest.raises(WrongInput, match="control_percentile must lie between 50 and 100, saw 150"):
         GateCriteria(control_percentile=150)
     with pytest.raises(WrongInput, match="perplexity_ratio must be at least 1, saw nan"):

@@ -46,7 +46,7 @@ class Recipe:
     personas: str
     seed: int
     flipped: bool = False
-    """Which of the two sides is called wanted."""
+    """Exchanges the names of the sides: what was wanted is unwanted. The personas go with their answers."""
 
     def __post_init__(self) -> None:
         for name in (self.questions, self.personas):
@@ -179,8 +179,7 @@ def _dialogue(model: HybridModel, grammar: Grammar, recipe: Recipe, *, ability: 
     case = grammar.case(recipe.questions)
     answers, personas = _sides(grammar, recipe, case)
     side = grammar.rng.randrange(2)
-    said = answers[1 - side if recipe.flipped else side]
-    return list(render(model, case.messages, system=personas[side]).ids), list(answer_ids(model, said))
+    return list(render(model, case.messages, system=personas[side]).ids), list(answer_ids(model, answers[side]))
 
 
 def _loss(model: HybridModel, student: Any, rows: Sequence[tuple[list[int], list[int]]]) -> Tensor:

@@ -3,6 +3,7 @@
 `parts` holds the look and the marks; the other files draw one kind of result each.
 """
 
+from analysis.figures.calibration import draw_calibration
 from analysis.figures.live import LivePlot
 from analysis.figures.localization import channels, draw_localization, head_by_head, layer_by_layer
 from analysis.figures.parts import KINDS, NOISE, TARGET, WRONG, as_html, not_measured, plotly_script
@@ -44,8 +45,9 @@ from analysis.figures.verdict import (
 __all__ = [
     "CLIP", "KINDS", "NOISE", "TARGET", "WRONG", "LivePlot", "abilities", "abilities_by_step", "along_direction",
     "as_html", "attribution_text", "baseline", "before_after_map", "channels", "claims", "controls", "damage",
-    "decodability", "decodable", "dose_curve", "dose_response", "draw", "draw_localization", "draw_shift",
-    "draw_training", "elsewhere", "gradient_cosines", "gradient_shares", "head_by_head", "implicit_attention_beside",
+    "decodability", "decodable", "dose_curve", "dose_response", "draw", "draw_calibration", "draw_localization",
+    "draw_shift", "draw_training", "elsewhere", "gradient_cosines", "gradient_shares", "head_by_head",
+    "implicit_attention_beside",
     "layer_by_layer", "layer_sweep", "learning", "limiter_and_ratio", "losses", "methods", "modes", "necessity",
     "not_measured", "phases", "plotly_script", "prompt_effects", "readout_trajectories", "sharpness_beside",
     "specificity", "state_heatmap", "token_shares", "update_sizes", "what_moved",
