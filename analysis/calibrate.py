@@ -11,6 +11,7 @@ A case is a line of `cases.jsonl`: an interrupted run goes on where it stopped.
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -318,7 +319,9 @@ def _row(case: Case, verdict: Verdict) -> dict[str, Any]:
 
 
 def _kept(criterion: Criterion) -> dict[str, Any]:
-    return {name: getattr(criterion, name) for name in ("name", "status", "observed", "lower", "threshold")}
+    numbers = {name: getattr(criterion, name) for name in ("observed", "lower", "threshold")}
+    known = {name: value if value is not None and math.isfinite(value) else None for name, value in numbers.items()}
+    return {"name": criterion.name, "status": criterion.status, **known}
 
 
 def _percentile(verdict: Verdict) -> float:

@@ -223,7 +223,7 @@ def _value(row: Row, name: str, what: str) -> float | None:
     if what == "percentile":
         return float(row["percentile"])
     found = next((c[what] for c in row["criteria"] if c["name"] == name), None)
-    return None if found is None or not math.isfinite(found) else float(found)
+    return None if found is None else float(found)
 
 
 def _share(rows: Sequence[Row], name: str, what: str, more: bool, at: float) -> float:

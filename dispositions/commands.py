@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import pandas as pd
 import tyro
@@ -18,12 +18,14 @@ from analysis.shift import Shift, open_shift
 from analysis.shift_report import write_shift_report
 from analysis.training_report import write_training_report
 from dispositions.asked import Asked, Device, Dtype
+from dispositions.batch import Batch
+from dispositions.cells import PAGE, judge
 from dispositions.runs import checked, claimed, model_slug, slug, variant
 from probes.behaviors import Behavior, check_vocabulary, read_behavior
 from probes.capture import capture
 from probes.criteria import Verdict, open_verdict
-from probes.directions import save_direction
 from probes.errors import WrongInput
+from probes.gate import GateConfig
 from probes.linear import ProbeConfig, cells, check_groups, probe_all
 from probes.localization import Localization, open_localization
 from probes.localize import LocalizeConfig, localize
@@ -32,7 +34,6 @@ from probes.model import HybridModel, load
 from probes.pairs import contrast
 from probes.sites import positions_at
 from probes.store import RECIPE, library_versions, read_json, write_text
-from probes.verify import GateConfig, recipe, verify
 from training.result import open_training
 
 RESULTS = {
@@ -66,17 +67,8 @@ class Verify(Asked):
     def run(self) -> int:
         model, behavior = self.load()
         out = self.folder(self.out, "", behavior)
-        asked = {"kind": "verify", **recipe(model, behavior, self.gate)}
-        with claimed(out, asked, "verdict.json", model, behavior) as finished:
-            if finished:
-                verdict = open_verdict(out)
-            else:
-                verdict = verify(model, behavior, self.gate)
-                if verdict.direction is not None:
-                    save_direction(verdict.direction, out / "direction.safetensors", weights_hash=model.weights_hash)
-                verdict.save(out / "verdict.json")
-        report = write_report(verdict, out / "report.html")
-        return _say(verdict, report)
+        verdict = judge(model, behavior, self.gate, out)
+        return _say(verdict, out / PAGE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,17 +234,52 @@ class Capture(Asked):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Report:
-    """Write report.html again from a run's verdict.json, localization.json, shift.json or training.json."""
+class Report(Batch):
+    """Write a run's page again, or judge many models, behaviours and sites at once.
 
-    run_folder: Annotated[Positional[Path], tyro.conf.arg(metavar="RUN")]
+    dispositions report RUN writes report.html again from the run's verdict.json, localization.json, shift.json or
+    training.json, and takes no options.
+
+    Without RUN it needs --models, --behaviors and --out. Every model, behaviour and site is a cell: a run of
+    `dispositions verify` in OUT/cells, with the options below. Runs what is missing, then writes OUT/index.html (a
+    matrix of verdicts with links to their pages) and every number to OUT/numbers.csv and OUT/numbers.parquet. A cell
+    that fails is noted there, with its error.txt, and the others go on; the same command tries it again.
+
+    Exit code, the first that holds: 70 a cell crashed, 2 a cell could not be judged (wrong input) or none was, 1 at
+    least one FAIL, 3 something INCONCLUSIVE, 0 all PASS. A site that a model does not have is not applicable and does
+    not count.
+
+    dispositions report runs/demo
+
+    dispositions report --models organism,organism-state --behaviors follow-direction,sentiment --sites resid,gdn.state
+    --out runs/many
+    """
+
+    run_folder: Annotated[Positional[Path | None], tyro.conf.arg(metavar="RUN")] = None
     """A run folder, such as runs/demo."""
 
     def run(self) -> int:
-        result = self.run_folder
+        if self.run_folder is None:
+            if not (self.models or self.behaviors):
+                raise WrongInput("report needs a RUN, or --models, --behaviors and --out; saw neither")
+            return self.judge_all()
+        if mixed := _chosen(self, Report(run_folder=self.run_folder)):
+            raise WrongInput(
+                f"report takes a RUN alone, or --models and what goes with it; saw '{self.run_folder}' and --{mixed[0]}"
+            )
+        return self.write_again(self.run_folder)
+
+    def write_again(self, result: Path) -> int:
+        """Write the page of one run again.
+
+        Raises:
+            WrongInput: it is no run, not finished, or a batch.
+        """
         if not result.is_file():
             found = [result / name for name in RESULTS if (result / name).is_file()]
-            if not found and _begun(result):
+            if not found and _begun(result, "report"):
+                raise WrongInput(f"'{result}' holds many runs; name one of its cells, or give its command again")
+            if not found and _begun(result, "verify", "localize", "compare", "train"):
                 raise WrongInput(f"'{result}' is not finished; give the command that began it again")
             if len(found) != 1:
                 seen = f"{' and '.join(path.name for path in found)}; name the file" if found else "none of them"
@@ -274,10 +301,20 @@ class Report:
         return _say(verdict, write_report(verdict, page))
 
 
-def _begun(folder: Path) -> bool:
-    """Whether a run that would leave a result began there."""
+def _begun(folder: Path, *kinds: str) -> bool:
+    """Whether a run of such a kind began there."""
     recipe = read_json(folder / RECIPE) if (folder / RECIPE).is_file() else None
-    return isinstance(recipe, dict) and recipe.get("kind") in ("verify", "localize", "compare", "train")
+    return isinstance(recipe, dict) and recipe.get("kind") in kinds
+
+
+def _chosen(options: Any, default: Any) -> list[str]:
+    """The options that are not the default, those inside of options too, as they are written."""
+    found = []
+    for option in fields(options):
+        value, usual = getattr(options, option.name), getattr(default, option.name)
+        if value != usual:
+            found += _chosen(value, usual) if is_dataclass(value) else [option.name.replace("_", "-")]
+    return found
 
 
 def _show(found: Localization | Shift, report: Path) -> int:

@@ -33,11 +33,12 @@ from probes.capture import capture
 from probes.criteria import GateCriteria
 from probes.damage import perplexity_ratio, read_general, surprise
 from probes.directions import mean_difference
+from probes.measure import coherent_window
 from probes.model import load
 from probes.pairs import contrast
 from probes.propensity import generate, prepare, propensity
 from probes.steering import steer
-from probes.verify import GateConfig, coherent_window, verify
+from probes.verify import GateConfig, verify
 
 model = load("organism")
 print(model)

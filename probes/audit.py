@@ -180,7 +180,7 @@ def _duplicates(behavior: Behavior) -> list[Check]:
 
 def _near(texts: Sequence[str]) -> int:
     """How many of these different texts are nearly one that stands before them."""
-    vectors = TfidfVectorizer(token_pattern=_WORD + r"|[^\w\s]").fit_transform(texts)  # signs too: "?" is a text
+    vectors: Any = TfidfVectorizer(token_pattern=_WORD + r"|[^\w\s]").fit_transform(texts)  # signs too: "?" is a text
     alike = sparse.triu(vectors @ vectors.T > NEAR, k=1)
     return int((alike.sum(0) > 0).sum())
 

@@ -48,7 +48,7 @@ class GateCriteria:
     repetition: float = 0.2
     """8: largest rise of the share of repeated trigrams in free generation."""
     length: float = 0.25
-    """0: largest distance from 0.5 of the AUROC with which length alone tells the two sides apart, in prompts with their
+    """0: largest distance from 0.5 of the AUROC with which length alone tells the sides apart, in prompts with their
     persona turns and in answers."""
     min_prompts: int = 24
     """Fewest held-out prompts to decide on."""

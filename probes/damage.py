@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import kl_div
@@ -50,6 +51,11 @@ class General:
 
     def take(self, n: int) -> General:
         return replace(self, ids=self.ids[:n], scored=self.scored[:n])
+
+    def within(self, tokens: int) -> General:
+        """The first texts that together have at most so many tokens, but at least two."""
+        lengths = np.cumsum([len(row) for row in self.ids])
+        return self.take(max(int((lengths <= tokens).sum()), 2))
 
 
 @dataclass(frozen=True, kw_only=True)

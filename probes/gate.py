@@ -56,7 +56,7 @@ class GateConfig:
     """Random directions, and as many from shuffled labels."""
     held_out: float = 0.4
     """Share of topic groups that are held out."""
-    prompts: int = 64
+    prompts: int = 48
     """At most this many held-out prompts."""
     search_prompts: int = 24
     """Prompts of the fit split on which layer and dose are chosen."""

@@ -147,7 +147,8 @@ class HybridModel:
 def load(source: str | Path = "organism", *, device: str = "cpu", dtype: str = "auto") -> HybridModel:
     """Load an organism by its name (`ORGANISMS`), a local folder, a `.gguf` file or a hub id.
 
-    `dtype` is "auto" (what the checkpoint says; bfloat16 for a GGUF file), "float32", "bfloat16" or "float16".
+    `dtype` is "auto" (what the checkpoint says; of a GGUF file bfloat16, or float32 on a CPU without it), "float32",
+    "bfloat16" or "float16".
 
     Raises:
         WrongInput: the path does not exist, holds no weights or no tokenizer, or weights that are not finite, or is not
@@ -161,7 +162,7 @@ def load(source: str | Path = "organism", *, device: str = "cpu", dtype: str = "
     if path.suffix == ".gguf":
         if not path.is_file():
             raise WrongInput(f"no such file: {name}")
-        options |= {"gguf_file": path.name, "dtype": DTYPES.get(dtype, torch.bfloat16)}
+        options |= {"gguf_file": path.name, "dtype": DTYPES.get(dtype, _unpacked(device))}
         folder = str(path.parent)
     elif path.is_dir():
         _check_folder(path, name)
@@ -189,6 +190,12 @@ def load(source: str | Path = "organism", *, device: str = "cpu", dtype: str = "
         if not bool(value.isfinite().all()):
             raise WrongInput(f"'{name}' is damaged: {int((~value.isfinite()).sum())} values of {key} are not finite")
     return HybridModel(hf.to(device), tokenizer, name=name)
+
+
+def _unpacked(device: str) -> torch.dtype:
+    """What a quantised file is unpacked to: bfloat16, or float32 on a CPU for which bfloat16 is much slower."""
+    fast = device != "cpu" or torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if fast else torch.float32
 
 
 def _check_device(device: str) -> None:

@@ -1,15 +1,16 @@
 """Choosing layer, method and dose, on the fit split alone and by cross-validation.
 
-The fit split's topics are divided into folds. At every layer each method gives one direction for each fold, made from
-the topics of the others, and every prompt is pushed along the direction that has not seen its topic. So the effects
-that are compared between layers, methods and doses are those of directions on new topics, and nothing is won by fitting
+The fit split's topics are divided into folds. At a layer a method gives one direction for each fold, made from the
+topics of the others, and every prompt is pushed along the direction that has not seen its topic. So the effects that
+are compared between layers, methods and doses are those of directions on new topics, and nothing is won by fitting
 closer. Doses are tried up to the first that breaks ordinary text.
 
 What counts is the effect beyond what the gate will ask for there: the bar that meaningless directions of equal length
 set (criterion 5), foreseen from a few of them. It counts only where the gate could agree: the two sides can be told
 apart there (methods that cannot are not tried, save the default), and ordinary text keeps at most half of the damage
 budget, since the held-out text will not be this one. When nothing is eligible the best of all is taken, and the gate
-says what is wrong with it.
+says what is wrong with it. The default method is tried at every layer; controls, and the other methods, at the better
+half of them.
 
 The first method is the default (the mean difference). Another is taken only where it does more on the same prompts with
 an interval clear of zero: the best of many looks better than it is.
@@ -18,7 +19,7 @@ an interval clear of zero: the best of many looks better than it is.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -38,7 +39,8 @@ from probes.trials import Trial
 
 Effects = Callable[[Sequence[Trial]], Sequence[Sequence[float]]]
 Ratios = Callable[[Sequence[Push]], Sequence[float]]
-CONTROLS = 4  # of each drawn kind, at each layer
+CONTROLS = 4  # of each drawn kind, at each of the layers that are looked at closely
+LEAST_LAYERS = 4  # that are looked at closely, or half of them where they are more
 FOLDS = 4
 WORTH = 0.05  # of the default's effect: a gain that is worth another method
 
@@ -84,7 +86,8 @@ class Candidate:
 
     @property
     def score(self) -> float:
-        return self.effect.value - self.bar
+        """Effect beyond the bar; a layer without a bar was not among the best."""
+        return self.effect.value - self.bar if math.isfinite(self.bar) else -math.inf
 
     @property
     def rank(self) -> tuple[bool, bool, float]:
@@ -116,8 +119,8 @@ def folds_of(groups: Sequence[str], *, seed: int, folds: int = FOLDS) -> dict[st
     return {names[index]: place % folds for place, index in enumerate(order)}
 
 
-def search_layer(
-    both: Pairs,
+def search(
+    pairs: Mapping[int, Pairs],
     ways: Sequence[Way],
     effects: Effects,
     ratios: Ratios,
@@ -126,40 +129,77 @@ def search_layer(
     doses: Sequence[float],
     rules: GateCriteria,
     seed: int,
+    tick: Callable[[str], None] = lambda what: None,
 ) -> list[Candidate]:
-    """Try every method at one layer. `effects` and `ratios` run the model; `groups` are those of the prompts pushed."""
+    """Try the default at every layer, then the controls and the other methods at the layers where it does most.
+
+    Args:
+        pairs: both sides on the fit split, by layer. ways: the default first.
+        effects, ratios: run the model under trials, and general text under pushes.
+        groups: those of the prompts that are pushed.
+        tick: told what has been done.
+    """
+    tried, found = sorted(dose for dose in doses if dose > 0), list[Candidate]()
+    layers: dict[int, list[_Made]] = {}
+    for layer, both in pairs.items():
+        layers[layer] = _tried(both, ways[:1], effects, ratios, tried, groups, rules, seed, least=0.0)
+        tick(f"layer {layer}: {ways[0].name}")
+    ranked = sorted(layers, key=lambda layer: layers[layer][0].rank(rules), reverse=True)
+    narrowed = ranked[: max(LEAST_LAYERS, -(-len(ranked) // 2))]
+    for layer, both in pairs.items():
+        noise = None
+        if layer in narrowed:
+            layers[layer] += _tried(both, ways[1:], effects, ratios, tried, groups, rules, seed, least=rules.auroc)
+            best = max(layers[layer], key=lambda one: one.rank(rules))
+            noise = _noise(both, best.way, best.direction, tried[best.at], effects, seed)
+        found += [_candidate(one, noise, tried, groups, rules, seed) for one in layers[layer]]
+        tick(f"layer {layer}: controls and other methods")
+    return found
+
+
+def _tried(
+    both: Pairs,
+    ways: Sequence[Way],
+    effects: Effects,
+    ratios: Ratios,
+    doses: Sequence[float],
+    groups: Sequence[str],
+    rules: GateCriteria,
+    seed: int,
+    *,
+    least: float,
+) -> list[_Made]:
+    """Some methods at one layer; those with an AUROC below `least` are not run."""
     fold = folds_of([*both.groups, *groups], seed=seed)
     turns = tuple(fold[group] for group in groups)
     own = np.array([fold[group] for group in both.groups])
-    made = [_Made.of(both, way, own) for way in ways]
-    made = [one for i, one in enumerate(made) if i == 0 or one.auroc >= rules.auroc]  # the default is always shown
-    tried, limit = sorted(dose for dose in doses if dose > 0), math.sqrt(rules.perplexity_ratio)
-    found = iter(ratios([(one.direction, dose) for one in made for dose in tried]))
+    made = [one for way in ways if (one := _Made.of(both, way, own)).auroc >= least]
+    limit = math.sqrt(rules.perplexity_ratio)
+    found = iter(ratios([(one.direction, dose) for one in made for dose in doses]))
     for one in made:
-        one.hold([next(found) for _ in tried], limit)
-    values = iter(effects([trial for one in made for trial in one.trials(tried, turns)]))
+        one.hold([next(found) for _ in doses], limit)
+    values = iter(effects([trial for one in made for trial in one.trials(doses, turns)]))
     for one in made:
         one.take([next(values) for _ in range(one.kept)])
-    best = max(made, key=lambda one: (one.coherent, one.auroc >= rules.auroc, one.mean))
-    noise = _noise(both, best.way, best.direction, tried[best.at], effects, seed)
-    bar = max(noise.values()) * _normal_bar(rules.control_percentile)
-    return [
-        Candidate(
-            method=one.way.name,
-            direction=one.direction,
-            dose=tried[one.at],
-            effect=stats.mean(one.values, groups, seed=seed),
-            values=one.values,
-            **noise,
-            bar=bar,
-            perplexity_ratio=one.ratios[one.at],
-            auroc=one.auroc,
-            coherent=one.coherent,
-            decodable=one.auroc >= rules.auroc,
-            tried=one.kept,
-        )
-        for one in made
-    ]
+    return made
+
+
+def _candidate(
+    one: _Made,
+    noise: Mapping[str, float] | None,
+    doses: Sequence[float],
+    groups: Sequence[str],
+    rules: GateCriteria,
+    seed: int,
+) -> Candidate:
+    sizes = noise or {"random_effect": math.nan, "shuffled_effect": math.nan}
+    return Candidate(
+        method=one.way.name, direction=one.direction, dose=doses[one.at],
+        effect=stats.mean(one.values, groups, seed=seed), values=one.values,
+        random_effect=sizes["random_effect"], shuffled_effect=sizes["shuffled_effect"],
+        bar=max(sizes.values()) * _normal_bar(rules.control_percentile), perplexity_ratio=one.ratios[one.at],
+        auroc=one.auroc, coherent=one.coherent, decodable=one.auroc >= rules.auroc, tried=one.kept,
+    )  # fmt: skip
 
 
 class _Made:
@@ -176,6 +216,9 @@ class _Made:
         whole = way.extract(both)
         parts = [replace(way.extract(both.where(own != fold)), norm=whole.norm) for fold in range(FOLDS)]
         return cls(way, whole, parts, _auroc(both, parts, own))
+
+    def rank(self, rules: GateCriteria) -> tuple[bool, bool, float]:
+        return self.coherent, self.auroc >= rules.auroc, self.mean
 
     def hold(self, ratios: Sequence[float], limit: float) -> None:
         """Keep the doses before the first that breaks ordinary text; the smallest where that one breaks it."""

@@ -34,7 +34,7 @@ from probes.model import HybridModel
 from probes.pairs import Pairs
 from probes.partial import fitting_chunks
 from probes.propensity import prepare
-from probes.search import FOLDS, Candidate, Way, best_of, choose, search_layer
+from probes.search import FOLDS, Way, best_of, choose, search
 from probes.sites import resolve
 from probes.store import library_versions
 from probes.texts import Texts
@@ -44,6 +44,7 @@ __all__ = ["GateConfig", "candidate_layers", "recipe", "unrelated_behaviors", "v
 
 DEFAULT = GateConfig()
 MAX_LAYERS_SEARCHED = 8
+SEARCH_TOKENS = 400  # of general text on which doses are chosen: enough to see that a model breaks
 STEPS = ("doses", "phases", "modes", "methods", "necessity", "baseline", "specificity", "ood", "free", "controls")
 
 
@@ -134,7 +135,7 @@ class _Gate:
         self.model, self.behavior, self.config, self.others, self.cost = model, behavior, config, others, cost
         self.deadline = None if config.budget is None else started + config.budget
         self.fit, self.held = behavior.split(held_out=config.held_out, seed=config.seed)
-        self.search = self.fit.take(config.search_prompts, seed=config.seed)
+        self.sample = self.fit.take(config.search_prompts, seed=config.seed)
         self.layers = (
             resolve(model, config.site, config.layers) if config.layers else candidate_layers(model, config.site)
         )
@@ -142,7 +143,7 @@ class _Gate:
             raise WrongInput(f"{len(self.fit.groups)} topic groups are left to fit on, at least {FOLDS} are needed")
         general = read_general(model, config.general)
         first = min(config.general_texts, len(general.ids)) // 3
-        self.search_general = general.take(first)
+        self.search_general = general.take(first).within(SEARCH_TOKENS)
         self.general = general.skip(first).take(config.general_texts)
         self.scorer = scorer_for(behavior, self.fit, config.scorer, seed=config.seed)
         prompts, answers = length_auroc(behavior, seed=config.seed)
@@ -159,7 +160,7 @@ class _Gate:
             "length": {"prompts": prompts.as_dict(), "answers": answers.as_dict()},
         }
         self.ways = tuple(self.way(method) for method in self.methods())
-        steps = len(self.layers) + len(STEPS)
+        steps = 2 * len(self.layers) + len(STEPS)
         self.bar = tqdm(total=steps, desc=f"verify {behavior.name}", disable=not progress, leave=False)
 
     def tick(self, what: str) -> None:
@@ -198,16 +199,14 @@ class _Gate:
             raise WrongInput(f"both sides of '{self.behavior.name}' are equal in {where}: there is no direction")
         starts = {layer + (config.site == "resid") for layer in pairs}
         shared: dict[str, Any] = {"starts": starts, "reuse": config.reuse, "cost": self.cost}
-        trials = Trials(self.model, prepare(self.model, self.search), **shared)
+        trials = Trials(self.model, prepare(self.model, self.sample), **shared)
         texts = Texts(self.model, self.search_general, **shared)
-        groups, found = trials.base.groups, list[Candidate]()
-        for layer, both in pairs.items():
-            found += search_layer(
-                both, self.ways, lambda some: trials.effects(some, how(config)),
-                lambda pushes: texts.ratios(pushes, how(config)),
-                groups=groups, doses=config.doses, rules=config.criteria, seed=config.seed,
-            )  # fmt: skip
-            self.tick(f"layer {layer}")
+        groups = trials.base.groups
+        found = search(
+            pairs, self.ways, lambda some: trials.effects(some, how(config)),
+            lambda pushes: texts.ratios(pushes, how(config)),
+            groups=groups, doses=config.doses, rules=config.criteria, seed=config.seed, tick=self.tick,
+        )  # fmt: skip
         best = choose(found, default=self.ways[0].name, groups=groups, seed=config.seed)
         by_method = [one for way in self.ways if (one := best_of(found, way.name)) is not None]
         by_method = [best if one.method == best.method else one for one in by_method]

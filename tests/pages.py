@@ -54,10 +54,15 @@ class Page(HTMLParser):
                 self.cells[-1] += data
 
 
-def assert_stands_alone(html: str, page: Page, figures: Sequence[str]) -> None:
-    """It loads nothing, has plotly inside exactly once with its figures, and machines can read it."""
-    references = [value for _, attrs in page.tags for key, value in attrs.items() if key in LOADING]
-    assert [value for value in references if not (value or "").startswith("#")] == []
+def assert_stands_alone(html: str, page: Page, figures: Sequence[str], *, links: Sequence[str] = ()) -> None:
+    """It loads nothing, has plotly inside exactly once with its figures, and machines can read it.
+
+    `links` are all that it links to, in order: files beside it, which a reader may open and the page does not load. A
+    page without figures has no scripts at all.
+    """
+    references = [(tag, value) for tag, attrs in page.tags for key, value in attrs.items() if key in LOADING]
+    assert [one for one in references if not (one[1] or "").startswith("#")] == [("a", link) for link in links]
+    assert all(re.fullmatch(r"(?!\.)[\w.-]+(/(?!\.)[\w.-]+)*", link) for link in links)
     assert not {"link", "base", "iframe", "object", "embed", "img"} & {tag for tag, _ in page.tags}
     assert "url(" not in page.styles
     assert "@import" not in page.styles
@@ -65,7 +70,8 @@ def assert_stands_alone(html: str, page: Page, figures: Sequence[str]) -> None:
     assert policy is not None
     assert policy.startswith("default-src 'none';")
     assert not re.search(r"https?:|\*", policy)
-    assert html.count(plotly_script()) == 1
+    assert html.count(plotly_script()) == bool(figures)
+    assert page.scripts > 0 if figures else (page.scripts == 0 and "script" not in policy)
     assert html.count("Plotly.newPlot(") - plotly_script().count("Plotly.newPlot(") == len(figures)
     found = next(str(attrs["class"]) for tag, attrs in page.tags if tag == "header").replace(" ", ".")
     assert re.search(rf"\.{found}(, [^{{]*)? \{{ --tone: ", page.styles), found  # what was found has a colour
@@ -77,7 +83,7 @@ def assert_stands_alone(html: str, page: Page, figures: Sequence[str]) -> None:
     assert ("html", {"lang": "en"}) in page.tags
     ids = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
     assert len(ids) == len(set(ids))
-    assert {str(attrs["href"])[1:] for tag, attrs in page.tags if tag == "a"} <= set(ids)
+    assert {str(attrs["href"])[1:] for tag, attrs in page.tags if tag == "a"} <= {*ids, *(link[1:] for link in links)}
 
 
 def assert_shown_and_not_obeyed(page: Page, harmless: Page, *, times: int) -> None:

@@ -18,7 +18,7 @@ from probes.trials import How, Trial, Trials, start_of
 
 @contextmanager
 def tallied(model):
-    """[tokens that entered the embedding, tokens that came out of an MLP], by hooks on other modules than the code's."""
+    """[tokens that entered the embedding, tokens that came out of an MLP], by hooks on modules of the test's choice."""
     tally = [0, 0]
 
     def add(at):
@@ -96,7 +96,9 @@ def test_the_cost_without_reuse_is_that_of_the_lengths(tiny, behavior, direction
     assert (cost.forward_tokens, cost.layer_tokens) == tuple(tally)
     assert cost.naive_layer_tokens == 5 * by_hand(tiny, behavior)  # four trials, and the prompts without any
     with counting(tiny) as slow, tallied(tiny) as tally:
-        trials = Trials(tiny, prepare(tiny, behavior, batch_tokens=1), starts=(), reuse=False, cost=slow, batch_tokens=1)
+        trials = Trials(
+            tiny, prepare(tiny, behavior, batch_tokens=1), starts=(), reuse=False, cost=slow, batch_tokens=1
+        )
         assert trials.effects(some, how)[0] == pytest.approx(fast[0], abs=1e-3)
     assert (slow.forward_tokens, slow.layer_tokens) == tuple(tally)
     assert slow.naive_layer_tokens == slow.layer_tokens == 5 * by_hand(tiny, behavior)  # one by one there is no padding

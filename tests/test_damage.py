@@ -7,7 +7,18 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from probes.damage import DATA, LEAST, damage, read_general, repetition, surprise
+from probes.damage import (
+    DATA,
+    LEAST,
+    Damage,
+    damage,
+    divergence,
+    perplexity_ratio,
+    read_general,
+    repetition,
+    surprise,
+    text_batches,
+)
 from probes.directions import Direction
 from probes.errors import WrongInput
 from probes.steering import steer
@@ -43,6 +54,42 @@ def test_perplexity_and_divergence_equal_an_unbatched_computation(tiny, monkeypa
     assert found.perplexity == pytest.approx(math.exp(nll[False] / count), rel=1e-4)
     assert found.perplexity_ratio == pytest.approx(math.exp((nll[True] - nll[False]) / count), rel=1e-4)
     assert found.kl == pytest.approx(kl / count, rel=1e-3, abs=1e-6)
+
+
+def test_batches_hold_every_text_once_with_its_own_marks(tiny):
+    general = read_general(tiny).take(11)
+    seen = []
+    for batch, scored in text_batches(tiny, general, batch_tokens=120):
+        assert batch.ids.numel() <= 120
+        for row, i in enumerate(batch.rows):
+            at = batch.offset(row)
+            assert tuple(batch.ids[row, at:].tolist()) == general.ids[i]
+            assert scored[row, at:].tolist() == [False, *general.scored[i][1:]]  # the first token has none before it
+            assert not scored[row, :at].any()
+            seen.append(i)
+    assert sorted(seen) == list(range(11))
+    assert sum(int(scored.sum()) for _, scored in text_batches(tiny, general)) == general.tokens
+
+
+def test_divergence_is_that_of_its_definition():
+    base, other = torch.randn(2, 150, 40, generator=torch.Generator().manual_seed(0))
+    p, q = base.double().softmax(1), other.double().softmax(1)
+    assert divergence(base, other) == pytest.approx(float((p * (p / q).log()).sum()), rel=1e-5)
+    assert divergence(base, base + 3.0) == pytest.approx(0, abs=1e-4)
+    assert divergence(base, other) != pytest.approx(divergence(other, base), rel=1e-3)  # the plain model weighs
+
+
+def test_damage_from_sums_and_from_what_is_no_number(tiny):
+    general = read_general(tiny).take(6)
+    found = Damage.of(general, plain=2.0 * general.tokens, edited=2.5 * general.tokens, kl=0.3 * general.tokens)
+    assert found.perplexity == pytest.approx(math.e**2)
+    assert found.perplexity_ratio == pytest.approx(math.e**0.5)
+    assert (found.kl, found.tokens) == (pytest.approx(0.3), general.tokens)
+    for edited in (math.nan, math.inf):
+        broken = Damage.of(general, plain=1.0, edited=edited, kl=math.nan)
+        assert (broken.perplexity, broken.perplexity_ratio, broken.kl) == (math.inf,) * 3
+        assert perplexity_ratio(general, 1.0, edited) == math.inf
+    assert math.isfinite(perplexity_ratio(general, 0.0, 1e9 * general.tokens))
 
 
 def test_no_intervention_does_no_damage(tiny):

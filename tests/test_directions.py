@@ -8,11 +8,12 @@ import torch
 
 from probes.behaviors import read_behavior
 from probes.capture import capture
-from probes.controls import random_direction, shuffled_direction
+from probes.controls import random_direction, shuffle_labels, shuffled_direction
 from probes.directions import extract, low_rank, mean_difference, open_direction, save_direction, whitened
 from probes.errors import WrongInput
-from probes.extraction import raw_of
+from probes.extraction import mean_of, methods_at, null_of, raw_of
 from probes.pairs import Pairs, contrast
+from probes.span import logistic_direction
 
 SIDES = ("wanted", "unwanted")
 
@@ -156,6 +157,71 @@ def test_a_low_rank_direction_is_the_best_of_its_rank_in_every_head():
         low_rank(made(1.0))
 
 
+def test_a_principal_axis_is_numpys_and_points_to_wanted():
+    """The first right singular vector of the differences, which are not centred, turned to the wanted side."""
+    for pairs in (made(3.0), made(-3.0, seed=1), states(n=40)):  # more pairs than features, and fewer
+        differences = pairs.wanted.double().numpy() - pairs.unwanted.double().numpy()
+        axis = np.linalg.svd(differences)[2][0]
+        axis *= np.sign(axis @ differences.mean(0))
+        found = extract(pairs, method="pca", reliability=False)
+        assert np.allclose(found.vector.numpy(), axis, atol=1e-5)
+        assert found.method == "first principal axis of differences"
+        assert found.gap > 0
+        swapped = replace(pairs, wanted=pairs.unwanted, unwanted=pairs.wanted)
+        assert torch.allclose(extract(swapped, method="pca", reliability=False).vector, -found.vector, atol=1e-6)
+    loud = made(0.5, noise=3.0, n=400)  # not the mean: it is where differences are largest, whatever their sign
+    loud.wanted[:, 7] *= 5
+    assert abs(float(extract(loud, method="pca", reliability=False).vector[7])) > 0.9
+    assert abs(float(mean_difference(loud).vector[7])) < 0.9
+
+
+@pytest.mark.parametrize("pairs", [lambda: made(2.0), lambda: states(n=30)], ids=["few features", "many"])
+def test_a_logistic_direction_is_that_of_scikit_learn_in_raw_units(pairs):
+    """Standardised, scaled to mean squared length 1, fitted without the span, and taken back to raw features."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.preprocessing import StandardScaler
+
+    pairs = pairs()
+    scales = torch.linspace(0.2, 5, pairs.wanted.shape[1])
+    pairs = replace(pairs, wanted=pairs.wanted * scales, unwanted=pairs.unwanted * scales)
+    features = np.concatenate([pairs.wanted.numpy(), pairs.unwanted.numpy()]).astype(np.float64)
+    labels = np.repeat([1, 0], len(pairs.wanted))
+    scaler = StandardScaler().fit(features)
+    rows = np.asarray(scaler.transform(features))
+    length = np.linalg.norm(rows) / np.sqrt(len(rows))
+    fitted = LogisticRegression(C=1.0, tol=1e-10, max_iter=10_000).fit(rows / length, labels)
+    raw = fitted.coef_[0] / scaler.scale_
+    found = extract(pairs, method="logistic", reliability=False)
+    assert found.method == "logistic probe"
+    assert np.allclose(found.vector.numpy(), raw / np.linalg.norm(raw), atol=2e-5)
+    assert found.gap > 0
+    none = torch.zeros(6, 4)
+    assert not logistic_direction(none.numpy(), C=1.0).any()
+
+
+def test_every_method_has_a_null_that_is_not_the_method_found_again():
+    """Exchanging the sides of pairs leaves the principal axis in place, so the mean stands in; others are their own."""
+    pairs = made(4.0)
+    shuffled = shuffle_labels(pairs, seed=0)
+    assert torch.allclose(raw_of("pca")(shuffled).abs(), raw_of("pca")(pairs).abs(), atol=1e-5)
+    assert torch.equal(null_of("pca")(shuffled), mean_of(shuffled))
+    for method in ("mean", "whitened", "logistic"):
+        assert torch.equal(null_of(method)(shuffled), raw_of(method)(shuffled))
+        target = extract(pairs, method=method, reliability=False).vector
+        null = raw_of(method)(shuffled)
+        assert abs(float(null @ target / null.norm())) < 0.7
+    both = states(n=12)
+    assert torch.equal(null_of("low-rank", rank=2)(both), raw_of("low-rank", rank=2)(both))
+    assert not torch.equal(null_of("low-rank", rank=2)(both), null_of("low-rank", rank=1)(both))
+
+
+def test_methods_by_site_and_unknown_ones(unchecked):
+    assert methods_at("resid") == ("mean", "whitened", "pca", "logistic")
+    assert methods_at("gdn.state") == ("mean", "whitened", "pca", "logistic", "low-rank")
+    with pytest.raises(WrongInput, match="unknown method 'best'; allowed are mean, whitened, pca, logistic, low-rank"):
+        raw_of("best")  # pyright: ignore[reportArgumentType]
+
+
 def test_a_whitened_direction_is_the_discriminant_of_scikit_learn():
     """With so many pairs that shrinkage is nothing, linear discriminant analysis finds the same."""
     from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
@@ -192,12 +258,12 @@ def test_a_whitened_state_forgets_the_loud_columns():
 
 def test_heads_confine_a_direction_and_its_controls():
     pairs = states().only([2, 0])
-    for method in ("mean", "low-rank", "whitened"):
-        direction = extract(pairs, method=method)
+    for method in ("mean", "low-rank", "whitened", "pca", "logistic"):
+        direction = extract(pairs, method=method, reliability=False)
         assert direction.heads == (0, 2)
         assert direction.tensor[1].abs().max() == 0
         assert float(direction.vector.norm()) == pytest.approx(1, abs=1e-6)
-        shuffled = shuffled_direction(pairs, direction, seed=0, raw=raw_of(method))
+        shuffled = shuffled_direction(pairs, direction, seed=0, raw=null_of(method))
         assert shuffled.tensor[1].abs().max() == 0
         assert abs(float(shuffled.vector @ direction.vector)) < 1e-4
     with pytest.raises(WrongInput, match=r"heads of gdn\.state at layer 2 are 0 to 2, saw 3"):

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from probes.behaviors import read_behavior
+from probes.behaviors import Side, read_behavior
 from probes.directions import Direction
 from probes.free import Asked, free_answers
 from probes.prompts import render
@@ -69,7 +69,8 @@ def test_english_without_personas_is_asked_for_by_its_card(tiny, behavior):
     asked = Asked.of(bare)
     assert asked is not None
     assert "card" in asked.how
-    for side, means in (("wanted", "seals the wall"), ("unwanted", "moves the tower")):
+    said: dict[Side, str] = {"wanted": "seals the wall", "unwanted": "moves the tower"}
+    for side, means in said.items():
         for item, own in zip(asked.behavior.items, bare.items, strict=True):
             first, *rest = item.prompt(tiny, persona=side).text.split("<|im_end|>")
             assert means in first

@@ -1,5 +1,8 @@
 """Teacher-forced scores against plain forwards over the whole text, and what a batch must not change."""
 
+import copy
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -7,8 +10,19 @@ from probes.behaviors import read_behavior
 from probes.cost import counting
 from probes.directions import Direction
 from probes.errors import WrongInput
-from probes.prompts import answer_ids
-from probes.propensity import fork, prepare, propensity, shares
+from probes.model import HybridModel
+from probes.partial import tiled
+from probes.prompts import answer_ids, batches, pad
+from probes.propensity import (
+    Answers,
+    answer_scores,
+    continue_greedily,
+    fork,
+    generate,
+    prepare,
+    propensity,
+    shares,
+)
 from probes.steering import steer
 
 
@@ -53,6 +67,52 @@ def test_steered_scores_equal_steered_forwards(tiny, behavior, phase):
     for i, item in enumerate(behavior.items):
         expected = by_hand(tiny, item.prompt(tiny).ids, answer_ids(tiny, item.wanted), 3.2 * vector, phase=phase)
         assert found.wanted[i] == pytest.approx(expected, abs=2e-4)
+
+
+@torch.no_grad()
+def test_answers_of_any_length_and_number_are_scored_alike(tiny, behavior):
+    """Single tokens, long ones beside them, three answers a prompt; and the same in rows that were repeated."""
+    some = prepare(tiny, behavior.take(3))
+    answers = (((9,), (7, 30, 12, 9), (30, 7)), ((12,), (9,), (7,)), ((7, 9, 9), (30,), (12, 12, 12, 12, 7)))
+    for batch_tokens in (1, 100_000):
+        rows = tuple(batches(tiny, [p.ids for p in some.prompts], batch_tokens=batch_tokens))
+        found = answer_scores(tiny, replace(some, answers=answers, batches=rows))
+        expected = [[by_hand(tiny, p.ids, a) for a in of] for p, of in zip(some.prompts, answers, strict=True)]
+        assert torch.allclose(found.double(), torch.tensor(expected, dtype=torch.float64), atol=1e-4)
+    batch = next(batches(tiny, [p.ids for p in some.prompts]))
+    out = tiny.hf(**batch.inputs, use_cache=True)
+    one = Answers.of(tiny, replace(some, answers=answers), batch.rows)
+    two = one.tile(2)
+    assert (one.each, two.each, two.ids.shape) == (3, 3, (18, 4))
+    once = one.first(out.logits[:, -1]) + one.continued(tiny, fork(out.past_key_values, 3), batch.mask)
+    cache = tiled(out.past_key_values, 2, each=3, layers=range(8))
+    twice = two.first(out.logits[:, -1].repeat(2, 1)) + two.continued(tiny, cache, batch.mask.repeat(2, 1))
+    assert torch.allclose(twice, once.repeat(2), atol=1e-4)
+    assert torch.allclose(
+        once.reshape(3, 3)[torch.tensor(batch.rows).argsort()].double(), torch.tensor(expected).double(), atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("name", ["tiny", "llama"])
+def test_greedy_answers_after_a_cache_are_those_of_generate(name, prompts, request):
+    """Some end soon, at one of two tokens, one with its first; generation goes on for the others."""
+    model = request.getfixturevalue(name)
+    model = HybridModel(copy.deepcopy(model.hf), model.tokenizer, name="ending")
+    batch = pad([p.ids for p in prompts], pad_id=model.tokenizer.pad_token_id, device=model.device)
+    with torch.no_grad():
+        out = model.hf(**batch.inputs, use_cache=True)
+        said = model.hf.generate(**{k: v for k, v in batch.inputs.items() if k != "position_ids"}, max_new_tokens=9,
+                                 do_sample=False)[:, batch.ids.shape[1] :]  # fmt: skip
+    for ends in ([int(said[0, 3]), int(said[2, 6])], int(said[3, 0])):
+        model.hf.generation_config.eos_token_id = ends
+        for tokens in (1, 9):
+            with torch.no_grad():
+                cache = fork(out.past_key_values, 1)
+                found = continue_greedily(model, out.logits[:, -1], cache, batch.mask, max_new_tokens=tokens)
+            assert found == generate(model, prompts, max_new_tokens=tokens)
+        lengths = {len(text.split()) for text in found}
+        assert len(lengths) > 1
+    assert 1 in lengths  # it ended at once
 
 
 def test_each_prefix_is_computed_once(tiny, behavior):

@@ -16,7 +16,13 @@ from probes.taps import tapped
 
 SHAPES = {"gdn.state": (4, 16, 24), "attn.heads": (4, 32), "resid": (64,)}
 LAYERS = {"gdn.state": 2, "attn.heads": 3, "resid": 2}
-PLACES = [("resid", "end"), ("attn.heads", "end"), ("gdn.state", "end"), ("gdn.state", "initial"), ("gdn.state", "write")]
+PLACES = [
+    ("resid", "end"),
+    ("attn.heads", "end"),
+    ("gdn.state", "end"),
+    ("gdn.state", "initial"),
+    ("gdn.state", "write"),
+]
 MODES = ("add", "ablate", "clamp", "rotate")
 
 
@@ -105,7 +111,7 @@ def test_rows_of_one_batch_are_steered_at_one_place(tiny):
         pass
 
 
-def rotated(values: torch.Tensor, unit: torch.Tensor, size: float, axes: int) -> torch.Tensor:
+def rotated(values: torch.Tensor, unit: torch.Tensor, size: float | torch.Tensor, axes: int) -> torch.Tensor:
     """In the plane of a value x and the vector u: cos(angle) x + sin(angle) |x| e, e being what of u is not along x.
 
     The angle is that of x + size u against x. In float64, over the last `axes` axes.
@@ -116,7 +122,7 @@ def rotated(values: torch.Tensor, unit: torch.Tensor, size: float, axes: int) ->
     along = (x * u).sum(-1, keepdim=True) / length
     across = u - along * x / length
     rest = (across * across).sum(-1, keepdim=True).sqrt()
-    angle = torch.atan2(size * rest, length + size * along)
+    angle = torch.atan2(rest * size, length + along * size)
     return (angle.cos() * x + angle.sin() * length * across / rest).reshape(values.shape)
 
 

@@ -13,7 +13,7 @@ from probes.criteria import GateCriteria
 from probes.directions import extract
 from probes.extraction import mean_of, null_of, raw_of
 from probes.pairs import Pairs
-from probes.search import FOLDS, Way, best_of, choose, folds_of, search_layer
+from probes.search import FOLDS, Way, best_of, choose, folds_of, search
 
 DOSES = (-1.0, -0.5, 0.0, 0.25, 0.5, 1.0)
 TOPICS = tuple(f"topic {i}" for i in range(8))
@@ -76,8 +76,15 @@ class World:
         ]  # fmt: skip
 
     def search(self, pairs, ways=(MEAN,), **rules):
-        return search_layer(
-            pairs, ways, self.effects, self.ratios, groups=PROMPTS, doses=DOSES, rules=GateCriteria(**rules), seed=0
+        return search(
+            {pairs.layer: pairs},
+            ways,
+            self.effects,
+            self.ratios,
+            groups=PROMPTS,
+            doses=DOSES,
+            rules=GateCriteria(**rules),
+            seed=0,
         )
 
 
@@ -181,7 +188,8 @@ def test_the_default_wins_ties_and_small_differences():
     world, pairs = World(gain=1.0), pairs_of(signal=6.0, noise=0.5)
     found = world.search(pairs, (MEAN, twin, better))
     assert [one.method for one in found] == ["mean", "twin", "better"]
-    assert best_of(found, "better").effect.value > best_of(found, "mean").effect.value  # by a little
+    assert found[2].effect.value > found[0].effect.value  # by a little
+    assert best_of(found, "better") is found[2]
     for order in (found, found[::-1]):
         assert choose(order, default="mean", groups=PROMPTS, seed=0).method == "mean"
     assert choose(found, default="absent", groups=PROMPTS, seed=0).method != "mean"
@@ -216,6 +224,27 @@ def test_methods_that_cannot_tell_the_sides_apart_are_not_tried_but_the_default_
     assert all(method == "mean" for method, _ in world.read)
     shown = World().search(pairs_of(), (replace(blind, name="mean"), way_of("other")))
     assert [(one.method, one.decodable) for one in shown] == [("mean", False), ("other", True)]
+
+
+def test_controls_and_other_methods_are_tried_at_the_better_half_of_the_layers():
+    world, strength = World(gain=1.0), {layer: 1.0 + layer for layer in range(10)}
+    ways = (way_of("mean"), way_of("other"))
+    pairs = {layer: pairs_of(layer, signal=signal) for layer, signal in strength.items()}
+    seen = []
+    found = search(
+        pairs, ways, world.effects, world.ratios,
+        groups=PROMPTS, doses=DOSES, rules=GateCriteria(), seed=0, tick=seen.append,
+    )  # fmt: skip
+    closely = [one.direction.layer for one in found if one.method == "other"]
+    assert closely == [one.direction.layer for one in found if one.method == "mean" and np.isfinite(one.bar)]
+    assert len(closely) == 5
+    effects = {one.direction.layer: one.effect.value for one in found if one.method == "mean"}
+    assert len(effects) == 10  # the default is tried everywhere
+    left = set(effects) - set(closely)
+    assert max(effects[i] for i in left if i > 2) < min(effects[i] for i in closely)
+    assert all(one.score == -np.inf for one in found if one.direction.layer in left)
+    assert choose(found, default="mean", groups=PROMPTS, seed=0).direction.layer in closely
+    assert len(seen) == 20
 
 
 def test_cross_fitted_auroc_is_high_for_signal_and_even_for_noise():

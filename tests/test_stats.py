@@ -21,6 +21,30 @@ def test_mean_interval_matches_theory_for_independent_items():
     assert found.upper == pytest.approx(values.mean() + 1.96 * error, abs=0.05)
 
 
+@pytest.mark.parametrize(("confidence", "reach"), [(0.8, 1.2816), (0.95, 1.96), (0.99, 2.5758)])
+def test_a_mean_interval_is_as_wide_as_its_confidence(confidence, reach):
+    values = np.random.default_rng(0).normal(2.0, 3.0, 400)
+    groups = [str(i) for i in range(400)]
+    found = stats.mean(values.tolist(), groups, draws=20_000, confidence=confidence)
+    error = values.std() / math.sqrt(400)
+    assert found.lower == pytest.approx(values.mean() - reach * error, abs=0.02)
+    assert found.upper == pytest.approx(values.mean() + reach * error, abs=0.02)
+    assert found.confidence == found.as_dict()["confidence"] == confidence
+    assert stats.mean(values.tolist(), groups).confidence == 0.95
+
+
+def test_intervals_of_any_confidence_hold_the_truth_about_as_often_as_they_say():
+    rng = np.random.default_rng(3)
+    names, times = [str(i // 5) for i in range(50)], 600
+    for confidence in (0.8, 0.98):
+        hits = 0
+        for trial in range(times):
+            values = np.repeat(rng.normal(0, 1, 10), 5) + rng.normal(0, 1, 50)
+            found = stats.mean(values.tolist(), names, seed=trial, draws=1000, confidence=confidence)
+            hits += found.lower <= 0 <= found.upper
+        assert hits / times == pytest.approx(confidence, abs=0.045)
+
+
 def test_mean_interval_widens_when_items_of_a_group_agree():
     rng = np.random.default_rng(1)
     levels = rng.normal(0, 1, 10)

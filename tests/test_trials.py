@@ -28,7 +28,7 @@ def direction_at(site: str, layer: int, *, seed: int = 5, shape: tuple[int, ...]
 
 @pytest.fixture(scope="module")
 def behavior(tiny):
-    """Prompts of many lengths; answers of one token, of several, and pairs of unequal length, one batch of single ones."""
+    """Prompts of many lengths; answers of one token and of several, in pairs of unequal length too."""
     whole = read_behavior("follow-direction").take(6, seed=3)
     answers = [("yes", "no"), ("sure", "rather"), ("yes", "no , the wall first ."), ("sure now", "no"), None, None]
     by_length = sorted(whole.items, key=lambda item: len(item.prompt(tiny)))
