@@ -154,14 +154,10 @@ def _shortcomings(verdict: Verdict) -> dict[str, Any]:
     """Lines that failed or are open, and the names of those that are open only for want of held-out prompts."""
     lacking = any(c.name == "enough data" and c.status == "inconclusive" for c in verdict.criteria)
     least, drawn = _rules(verdict).get("min_controls", 0), (verdict.evidence.get("counts") or {}).get("controls", 0)
+    alone = {name for name in WANTING if lacking and (name != "controls" or drawn >= least)}
     lines, waiting = [], []
     for c in verdict.criteria:
-        if (
-            c.status == "inconclusive"
-            and lacking
-            and c.name in WANTING
-            and not (c.name == "controls" and drawn < least)
-        ):
+        if c.status == "inconclusive" and c.name in alone:
             waiting.append(c.name)
         elif c.status in ("fail", "inconclusive"):
             lines.append(_criterion(c))

@@ -2,7 +2,7 @@
 import | calibrate`.
 
 Exit codes: 0 PASS (or done), 1 FAIL, 3 INCONCLUSIVE, 2 wrong input (one line says what is wrong), 70 a fault of the
-program itself.
+program itself. Many verdicts at once (`report --models ...`) leave with the worst of them: 70, 2, 1, 3, 0.
 """
 
 from __future__ import annotations

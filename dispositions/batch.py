@@ -6,10 +6,10 @@ import gc
 import hashlib
 import io
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -129,17 +129,10 @@ class Batch:
     def _cells(self, tasks: Sequence[Task], record: Record) -> Iterator[Cell]:
         """Every cell in order. A model is loaded when the first of its cells needs it, and dropped after its last."""
         for source in dict.fromkeys(task.source for task in tasks):
-            model: HybridModel | Problem | None = None
-            seen = Seen.now(source, self.gate.general)
+            seen = attempt(partial(Seen.now, source, self.gate.general))
+            model = cache(partial(attempt, partial(load, source, device=self.device, dtype=self.dtype)))
             for task in (task for task in tasks if task.source == source):
-                found = attempt(partial(_known, task, seen, record))
-                if found is None:
-                    forget_error(task.folder)
-                    if model is None:
-                        model = attempt(partial(load, source, device=self.device, dtype=self.dtype))
-                    found = (
-                        model if isinstance(model, Problem) else attempt(partial(_judged, model, task, seen, record))
-                    )
+                found = seen if isinstance(seen, Problem) else _answer(task, seen, record, model)
                 if isinstance(found, Problem):
                     found.save(task.folder)
                 else:
@@ -147,6 +140,20 @@ class Batch:
                 yield task.cell(found)
             del model
             gc.collect()  # a model is made of cycles, and the next one wants its memory
+
+
+def _answer(
+    task: Task, seen: Seen, record: Record, model: Callable[[], HybridModel | Problem]
+) -> Verdict | Problem | str:
+    """What becomes of a cell: a verdict, a problem, or why it is not applicable."""
+    known = attempt(partial(_known, task, seen, record))
+    if known is not None:
+        return known
+    loaded = model()
+    if isinstance(loaded, Problem):
+        return loaded
+    forget_error(task.folder)  # or a run that fails again would not leave its folder as it was
+    return attempt(partial(_judged, loaded, task, seen, record))
 
 
 def _known(task: Task, seen: Seen, record: Record) -> Verdict | Problem | str | None:

@@ -27,7 +27,7 @@ from probes.directions import save_direction
 from probes.errors import WrongInput
 from probes.model import ORGANISMS, HybridModel
 from probes.store import RECIPE, library_versions, read_json, recipe_differs, write_json, write_text
-from probes.verify import GateConfig, recipe, verify
+from probes.verify import GateConfig, recipe, unrelated_behaviors, verify
 
 RESULT = "verdict.json"
 PAGE = "report.html"
@@ -41,12 +41,13 @@ def judge(model: HybridModel, behavior: Behavior, config: GateConfig, out: Path)
     Raises:
         WrongInput: the folder holds another recipe, or the gate refuses the behaviour or a setting.
     """
-    asked = {"kind": "verify", **recipe(model, behavior, config)}
+    others = unrelated_behaviors(model, behavior)  # read once: all the shipped files have to be
+    asked = {"kind": "verify", **recipe(model, behavior, config, others=others)}
     with claimed(out, asked, RESULT, model, behavior) as finished:
         if finished:
             verdict = open_verdict(out)
         else:
-            verdict = verify(model, behavior, config)
+            verdict = verify(model, behavior, config, others=others)
             if verdict.direction is not None:
                 save_direction(verdict.direction, out / "direction.safetensors", weights_hash=model.weights_hash)
             verdict.save(out / RESULT)

@@ -255,7 +255,7 @@ class Report(Batch):
     --out runs/many
     """
 
-    run_folder: Annotated[Positional[Path | None], tyro.conf.arg(metavar="RUN")] = None
+    run_folder: Annotated[Positional[Path | None], tyro.conf.arg(metavar="[RUN]")] = None
     """A run folder, such as runs/demo."""
 
     def run(self) -> int:

@@ -1,4 +1,4 @@
-"""Many verdicts at once: the table of numbers, the page, and a batch that survives what goes wrong in it."""
+"""Many verdicts at once: a batch that survives what goes wrong in it. Its table and page: test_batch_page."""
 
 from __future__ import annotations
 
@@ -9,44 +9,33 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import pytest
 import torch
-from pages import HOSTILE, Page, assert_browser_draws, assert_shown_and_not_obeyed, assert_stands_alone, needs_browser
-from test_verdicts import complete, sample, verdict_of
+from pages import Page
+from test_batch_page import calibration
+from test_verdicts import sample
 
-from analysis.batch import Cell, Matrix
-from analysis.batch_report import chance, render_batch, write_batch_report
-from analysis.calibration import Calibration
 from dispositions import batch
 from dispositions.__main__ import main
+from dispositions.cells import known_recipe
 from probes.behaviors import SHIPPED, Behavior
-from probes.criteria import Verdict, open_verdict
+from probes.criteria import Verdict
+from probes.damage import DATA
 from probes.errors import WrongInput
 from probes.gate import GateConfig
-from probes.model import HybridModel, load
+from probes.model import ORGANISMS, HybridModel, load
 from probes.store import write_json
-from probes.verify import recipe
 
 QUICK = ["--layers", "2", "--prompts", "4", "--search-prompts", "4", "--controls", "1", "--generations", "1",
          "--general-texts", "3", "--max-new-tokens", "8", "--direction", "mean",
          "--doses", "-0.5", "-0.25", "0", "0.25", "0.5"]  # fmt: skip
-
-
-def cell(result: str, *, model: str = "m", behavior: str = "b", site: str = "resid", said: str = "") -> Cell:
-    """A made-up cell; those that were judged have a whole verdict."""
-    verdict = sample(result) if result in ("PASS", "FAIL", "INCONCLUSIVE") else None
-    name = f"{model}-{behavior}-{site}"
-    return Cell(name=name, model=model, behavior=behavior, site=site, result=result, verdict=verdict, said=said)  # type: ignore[arg-type]
-
-
-def matrix(*cells: Cell) -> Matrix:
-    return Matrix(cells=cells, recipe={"config": {"seed": 0, "criteria": {"auroc": 0.75}}})
 
 
 def run(capsys: Any, *arguments: object) -> tuple[object, str, str]:
@@ -56,221 +45,56 @@ def run(capsys: Any, *arguments: object) -> tuple[object, str, str]:
     return stop.value.code, out, err
 
 
-# -- the table --------------------------------------------------------------------------------------------------------
-
-
-def test_every_number_of_a_verdict_is_in_the_table():
-    """Whatever has a decimal point in the JSON of the evidence is in a column of numbers, and nothing is made up."""
-    verdict = sample("PASS")
-    table = matrix(cell("PASS")).frame()
-    kept = {key: value for key, value in verdict.as_dict().items() if key in ("criteria", "evidence")}
-    written = set(map(float, re.findall(r"(?<![\"\w])-?\d+\.\d+(?:e[+-]?\d+)?", json.dumps(kept)))) - {
-        0.95,
-        1 - 0.05 / 3,
-    }
-    columns = table[["value", "lower", "upper", "dose", "threshold"]].to_numpy().ravel()
-    shown = set(columns[np.isfinite(columns)].tolist())
-    assert written <= shown
-    assert len(written) > 350
-    integers = set(map(float, re.findall(r"(?<=[:\[ ])-?\d+(?=[,}\]])", json.dumps(verdict.as_dict()))))
-    assert shown - {0.95, 1 - 0.05 / 3} <= written | integers
-
-
-def test_rows_say_what_they_are_about():
-    verdict, table = sample("PASS"), matrix(cell("PASS")).frame()
-    assert list(table.columns) == [
-        "model", "weights_hash", "behavior", "behavior_hash", "site", "layer", "method", "dose", "phase", "table",
-        "name", "value", "lower", "upper", "n", "groups", "threshold", "status",
-    ]  # fmt: skip
-    assert not table.duplicated(["layer", "method", "dose", "phase", "table", "name"]).any()
-    assert set(table.weights_hash) == {"fedcba9876543210"}
-    assert set(table.method) == {"mean", "whitened", "pca"}
-    criteria = table[table.table == "criterion"].set_index("name")
-    for c in verdict.criteria:
-        row = criteria.loc[c.name]
-        assert (row["value"], row["n"], row["status"]) == (pytest.approx(c.observed), c.n, c.status)
-        assert (row["layer"], row["dose"], row["phase"]) == (verdict.layer, verdict.dose, verdict.phase)
-    evidence = verdict.evidence
-
-    def one(kind: str, name: str, **where: object) -> pd.Series:
-        rows = table[(table.table == kind) & (table.name == name)]
-        for column, value in where.items():
-            rows = rows[rows[column] == value]
-        assert len(rows) == 1
-        return rows.iloc[0]
-
-    assert one("outcome", "verdict").status == "PASS"
-    for row in evidence["doses"]:
-        assert one("dose", "effect", dose=row["dose"]).lower == row["effect"]["lower"]
-        assert one("dose", "effect", dose=row["dose"]).status == ("coherent" if row["coherent"] else "")
-    for row in evidence["phases"]:
-        found = one("phase", "effect", phase=row["phase"])
-        assert (found["value"], found["groups"]) == (row["effect"]["value"], 8)
-    assert one("layer", "effect", layer=4).status == "coherent, chosen"
-    assert one("method", "cosine", method="whitened").value == 0.31
-    assert np.isnan(one("method", "cosine", method="pca").value)
-    assert one("mode", "rotate: effect").value == evidence["modes"][3]["effect"]["value"]
-    assert one("specificity", "hedging: share").upper == evidence["specificity"][1]["share"]["upper"]
-    assert one("prompt", "fd-007: effect").value == evidence["prompts"][7]["effect"]
-    assert one("control", "random: 3: effect").value == evidence["controls"]["kinds"]["random"][3]["effect"]
-    assert one("control", "unrelated: sentiment: cosine").value == 0.2
-    assert one("generation", "against: shares: unwanted").value == 0.75
-    assert one("necessity", "random_drops: 9").value == evidence["necessity"]["random_drops"][9]
-    assert one("cost", "layer_tokens").value == 2_000_000
-    assert not table.name.str.contains("second").any()
-
-
-def test_cells_without_a_verdict_have_one_row():
-    table = matrix(cell("not applicable", site="gdn.state"), cell("error", said="x"), cell("PASS")).frame()
-    assert table[:2][["site", "table", "name", "status"]].to_numpy().tolist() == [
-        ["gdn.state", "outcome", "verdict", "not applicable"], ["resid", "outcome", "verdict", "error"],
-    ]  # fmt: skip
-    assert table[:2][["value", "layer", "dose", "n"]].isna().all().all()
-
-
-def test_tables_are_the_same_from_disk_and_hold_the_same(tmp_path):
-    """With what JSON cannot hold, infinities and NaN, among the numbers."""
-    verdict = sample("FAIL")
-    verdict.save(tmp_path / "verdict.json")
-    made = matrix(cell("FAIL"), cell("PASS", model="other"))
-    read = matrix(replace(made.cells[0], verdict=open_verdict(tmp_path)), made.cells[1])
-    first, second = made.save(tmp_path / "one"), read.save(tmp_path / "two")
-    assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
-    assert {path.name for path in (tmp_path / "one").iterdir()} == {"numbers.csv", "numbers.parquet"}
-    table, text = pd.read_parquet(first[1]), pd.read_csv(first[0], keep_default_na=False, na_values={"value": [""]})
-    pd.testing.assert_frame_equal(table, made.frame())
-    assert text["value"].tolist() == pytest.approx(table["value"].tolist(), nan_ok=True, abs=0, rel=0)
-    assert (
-        text[["model", "table", "name", "status"]].to_numpy()
-        == table[list(("model", "table", "name", "status"))].to_numpy()
-    ).all()
-    assert (table.dtypes[["layer", "n", "groups"]] == "Int64").all()
-    assert (table.dtypes[["dose", "value", "lower", "upper", "threshold"]] == "float64").all()
-
-
-@pytest.mark.parametrize(
-    ("results", "code"),
-    [
-        (["PASS", "PASS"], 0), (["PASS", "not applicable"], 0), (["PASS", "INCONCLUSIVE"], 3),
-        (["FAIL", "INCONCLUSIVE"], 1), (["error", "FAIL"], 2), (["error", "crash", "FAIL", "PASS"], 70),
-        (["not applicable"], 2), (["INCONCLUSIVE", "not applicable"], 3),
-    ],
-)  # fmt: skip
-def test_the_worst_cell_decides_the_exit_code(results, code):
-    assert matrix(*(cell(result) for result in results)).exit_code == code
-
-
-# -- the page ---------------------------------------------------------------------------------------------------------
-
-
-def calibration(passed: int, n: int) -> Calibration:
-    rows = [
-        {"truth": "null", "verdict": "PASS" if i < passed else "FAIL", "working": False, "criteria": []}
-        for i in range(n)
-    ]
-    return Calibration(rows=tuple(rows), recipe={}, seconds=1.0)
-
-
-@pytest.fixture
-def four() -> Matrix:
-    """Two models, two behaviours and one site: one judged cell of each kind, and one that was not."""
-    cells = (
-        cell("PASS"), cell("FAIL", behavior="c"), cell("INCONCLUSIVE", model="k"),
-        cell("error", model="k", behavior="c", said="c.jsonl line 4: not valid JSON"),
-    )  # fmt: skip
-    return matrix(*cells)
-
-
-LINKS = ["cells/m-b-resid/report.html", "cells/m-c-resid/report.html", "cells/k-b-resid/report.html",
-         "cells/k-c-resid/error.txt", "numbers.csv", "numbers.parquet"]  # fmt: skip
-
-
-def test_the_page_stands_alone(four):
-    html = render_batch(four)
-    assert_stands_alone(html, Page(html), [], links=LINKS)
-    assert len(html) < 60_000
-
-
-def test_links_of_the_page_are_checked(four):
-    """A page that loads something, or links elsewhere, is found out."""
-    html = render_batch(four)
-    for bad in (
-        html.replace("cells/k-c-resid/error.txt", "https://example.org/error.txt"),
-        html.replace("cells/k-c-resid/error.txt", "../error.txt"),
-        html.replace("<main>", '<main><script src="x.js"></script>'),
-        html.replace("<main>", "<main><script>1</script>"),
-    ):
-        links = [str(a["href"]) for tag, a in Page(bad).tags if tag == "a" and not str(a["href"]).startswith("#")]
-        with pytest.raises(AssertionError):
-            assert_stands_alone(bad, Page(bad), [], links=links)
-
-
-def test_each_cell_says_what_was_found(four):
-    page = Page(render_batch(four))
-    assert page.cells[:7] == ["model", "b", "c", "resid", "resid", "m", page.cells[6]]
-    effect = sample("PASS").evidence["effect"]
-    found = f"PASS{effect['value']:.2f} nats{effect['lower']:.2f} to {effect['upper']:.2f}layer 4, dose 0.5"
-    assert page.cells[6] == found
-    assert page.cells[7].startswith("FAIL")
-    missed = [c.name for c in sample("FAIL").criteria if c.status == "fail"]
-    assert page.cells[7].endswith(f"failed: {', '.join(missed[:3])} and {len(missed) - 3} more")
-    assert page.cells[9].endswith("open: enough data, decodability, selectivity and 5 more")
-    assert page.cells[10] == "errorc.jsonl line 4: not valid JSON"
-    assert "1 of 4 PASS" in page.words
-    assert "(exit code 2)" in page.words
-
-
-def test_the_page_counts_what_chance_may_do(four):
-    assert "3 cells were judged, each by itself" in chance(four, None)
-    assert "no calibration was given" in chance(four, None)
-    upper = 1 - 0.05 ** (1 / 200)  # none of 200: solve (1 - p)^200 = 0.05
-    said = chance(four, calibration(0, 200))
-    assert (
-        f"0 of 200 directions that mean nothing passed, so that with 95% confidence at most {100 * upper:.1f}%" in said
-    )
-    assert f"at most {3 * upper:.3g} false PASSes would be expected among 3 cells" in said
-    assert said in re.sub(r"\s+", " ", Page(render_batch(four, calibration(0, 200))).words)
-
-
-def test_hostile_words_are_shown_and_not_obeyed(four):
-    def said(words: str) -> Matrix:
-        return replace(four, cells=(*four.cells[:3], replace(four.cells[3], said=words)))
-
-    hostile, harmless = Page(render_batch(said(HOSTILE))), Page(render_batch(said("harmless")))
-    assert_shown_and_not_obeyed(hostile, harmless, times=1)
-
-
-@needs_browser
-def test_a_browser_shows_the_page_without_complaint(four, tmp_path):
-    assert_browser_draws(write_batch_report(four, tmp_path / "index.html"), tmp_path, [])
-
-
 # -- the command, with a gate that only says what it is told -----------------------------------------------------------
 
 
 class Gate:
-    """Stands in for the gate: what it is to do, by behaviour and site, and what it was asked."""
+    """Stands in for the gate: what it is to do, by behaviour and site, and what it was asked.
+
+    A recipe is the part of the real one that a behaviour's own file and the model decide, and a page is short.
+    """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
         self.does: dict[tuple[str, str], str | BaseException] = {}
         self.asked: list[tuple[str, str, str]] = []
         self.loaded: list[str] = []
         monkeypatch.setattr("dispositions.cells.verify", self.verify)
+        monkeypatch.setattr("dispositions.cells.recipe", self.recipe)
+        monkeypatch.setattr("dispositions.cells.unrelated_behaviors", lambda model, behavior: [])
         monkeypatch.setattr("dispositions.batch.load", self.load)
+        for module in ("cells", "batch", "commands"):
+            monkeypatch.setattr(f"dispositions.{module}.write_report", self.write_report)
 
     def load(self, source: str, *, device: str, dtype: str) -> HybridModel:
         self.loaded.append(source)
-        return load(source, device=device, dtype=dtype)
+        return shipped(source) if source in ORGANISMS else load(source, device=device, dtype=dtype)
 
-    def verify(self, model: HybridModel, behavior: Behavior, config: GateConfig) -> Verdict:
+    def verify(
+        self, model: HybridModel, behavior: Behavior, config: GateConfig, *, others: Sequence[Behavior]
+    ) -> Verdict:
         self.asked.append((model.name, behavior.name, config.site))
         does = self.does.get((behavior.name, config.site), "PASS")
         if isinstance(does, BaseException):
             raise does
         return replace(
             sample(does), behavior=behavior.name, model=model.name, site=config.site,
-            recipe=recipe(model, behavior, config),
+            recipe=self.recipe(model, behavior, config, others=others),
         )  # fmt: skip
+
+    def recipe(
+        self, model: HybridModel, behavior: Behavior, config: GateConfig, *, others: Sequence[Behavior]
+    ) -> dict[str, Any]:
+        known = known_recipe(model.name, behavior, config)
+        return {**{key: value for key, value in known.items() if key != "kind"}, **model.identity}
+
+    def write_report(self, verdict: Verdict, path: Path) -> Path:
+        path.write_text(str(verdict))
+        return path
+
+
+@cache
+def shipped(name: str) -> HybridModel:
+    return load(name)
 
 
 @pytest.fixture
@@ -429,6 +253,15 @@ def test_a_site_that_a_model_lacks_is_not_applicable(gate, tmp_path, capsys, lla
     assert "1 of 1 PASS" in page.words
 
 
+def test_a_model_whose_name_no_file_can_have_fails_its_own_cells(gate, tmp_path, capsys):
+    out = tmp_path / "many"
+    code, said, _ = run(capsys, "report", "--models", f"{300 * 'a'},organism", "--behaviors", "sentiment", "--out", out)
+    assert code == 2
+    assert "sentiment, resid: error: File name too long: " in said
+    assert "organism, sentiment, resid: PASS at layer 4" in said
+    assert max(len(path.name) for path in out.glob("cells/*")) < 90
+
+
 def test_an_interrupted_batch_keeps_what_is_finished(gate, tmp_path, capsys):
     out = tmp_path / "many"
     asked = ["report", "--models", "organism", "--behaviors", "sentiment,hedging", "--out", out]
@@ -537,8 +370,10 @@ def small_behavior(path: Path) -> Path:
 
 def test_a_killed_batch_goes_on_and_ends_with_the_same_bytes(tmp_path, capsys):
     """SIGKILL while the second cell runs; then the same command. Beside it a batch that was never disturbed."""
+    general = tmp_path / "general.jsonl"
+    general.write_text("\n".join((DATA / "general-organism.jsonl").read_text().splitlines()[:9]))
     asked = ["report", "--models", "organism,organism-state", "--behaviors", str(small_behavior(tmp_path / "s.jsonl")),
-             "--sites", "resid,gdn.state", *QUICK, "--out"]  # fmt: skip
+             *QUICK, "--general", str(general), "--out"]  # fmt: skip
     out, log = tmp_path / "killed", tmp_path / "log"
     with log.open("w") as sink:
         process = subprocess.Popen(
@@ -551,20 +386,16 @@ def test_a_killed_batch_goes_on_and_ends_with_the_same_bytes(tmp_path, capsys):
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL, log.read_text()
     before = cells_of(out, "verdict.json")
-    assert 0 < len(before) < 4
+    assert len(before) == 1
     assert not (out / "index.html").exists()
 
     assert run(capsys, *asked, out)[0] == 3
     after = cells_of(out, "verdict.json")
-    assert len(after) == 4
+    assert len(after) == 2
     assert before.items() <= after.items()
     assert run(capsys, *asked, tmp_path / "whole")[0] == 3
     for name in ("numbers.csv", "numbers.parquet", "index.html"):
         assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     table = pd.read_parquet(out / "numbers.parquet")
-    assert table.groupby(["model", "site"]).ngroups == 4
+    assert set(table.model) == {"organism", "organism-state"}
     assert (table[table.table == "outcome"].status == "INCONCLUSIVE").all()
-
-
-def test_samples_of_this_file_are_verdicts():
-    assert verdict_of(complete()).verdict == sample("PASS").verdict == "PASS"

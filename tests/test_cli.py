@@ -121,6 +121,12 @@ def files(tmp_path) -> Path:
         (["verify", "sentiment", "--general", "{}/plain.txt"], "plain.txt line 1: 1 tokens"),
         (["verify", "sentiment", "--control-percentile", "150"], "control_percentile must lie between 50 and 100"),
         (["verify", "sentiment", "--prompts", "0"], "prompts must be at least 2, saw 0"),
+        (["verify", "sentiment", "--budget", "0"], "budget must be at least 1, saw 0"),
+        (
+            ["verify", "sentiment", "--site", "gdn.state", "--form", "initial", "--mode", "rotate"],
+            "form 'initial' edits an empty state, which cannot be turned: mode must be add or clamp",
+        ),
+        (["verify", "sentiment", "--direction", "best"], "invalid choice 'best' for argument '--direction'"),
         (["verify", "sentiment-en"], "% of its tokens are unknown to the tokenizer"),
         (["verify", "sentiment", "--heads", "1"], "heads were chosen, but the residual stream has none"),
         (
@@ -322,5 +328,14 @@ def test_help_teaches_without_loading_a_model():
         [sys.executable, "-m", "dispositions", "verify", "--help"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0
-    for word in ("INCONCLUSIVE", "--layers", "--shuffle-labels", "--direction", "--seed"):
+    for word in (
+        "INCONCLUSIVE",
+        "--layers",
+        "--shuffle-labels",
+        "--direction",
+        "--mode",
+        "--budget",
+        "--no-reuse",
+        "--seed",
+    ):
         assert word in done.stdout

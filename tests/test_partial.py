@@ -1,14 +1,16 @@
 """Runs that begin in the middle, against whole runs: what is computed, what comes out, and what is left behind."""
 
 import copy
-from contextlib import ExitStack, contextmanager
+import sys
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any
 
 import pytest
 import torch
 
 from probes.directions import Direction
 from probes.model import HybridModel
-from probes.partial import joined, recording, starting_at, tiled
+from probes.partial import fitting_chunks, joined, recording, starting_at, tiled
 from probes.prompts import pad
 from probes.steering import steer
 
@@ -131,6 +133,42 @@ def test_forwards_are_put_back_after_an_error_and_when_nested(tiny, prompts):
     assert [m for m in tiny.hf.modules() if m._forward_hooks or m._forward_pre_hooks] == hooked
     assert replaced(blocks) == []
     assert torch.equal(logits(tiny, batch), before)
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 20, 70])
+@torch.no_grad()
+def test_smaller_chunks_give_the_same_states_and_logits(tiny, tokens):
+    """The tolerance is that of float32 sums in another order; a run in whole chunks of 64 is what transformers does."""
+    ids = torch.randint(5, 200, (2, tokens), generator=torch.Generator().manual_seed(tokens))
+    states, sizes = [], []
+    mixers: Any = sys.modules[type(tiny.layers[0].mixer).__module__]
+    kernel = mixers.torch_chunk_gated_delta_rule
+
+    def noting(*args, **options):
+        sizes.append(options.get("chunk_size", 64))
+        return kernel(*args, **options)
+
+    mixers.torch_chunk_gated_delta_rule = noting
+    try:
+        for around in (nullcontext(), fitting_chunks(tiny)):
+            with around:
+                out = tiny.hf(input_ids=ids, use_cache=True)
+                again = tiny.hf(input_ids=ids[:, :3], past_key_values=out.past_key_values, use_cache=True).logits
+            found = [
+                layer.recurrent_states[0] for layer in out.past_key_values.layers if hasattr(layer, "recurrent_states")
+            ]
+            states.append((out.logits, again, *found))
+        assert mixers.torch_chunk_gated_delta_rule is noting
+        with pytest.raises(ZeroDivisionError), fitting_chunks(tiny):
+            _ = 1 / 0
+        assert mixers.torch_chunk_gated_delta_rule is noting
+    finally:
+        mixers.torch_chunk_gated_delta_rule = kernel
+    assert len(states[0]) == 2 + 6
+    for plain, other in zip(*states, strict=True):
+        assert float((plain - other).norm() / plain.norm()) < 1e-5
+    assert max(sizes) == 64
+    assert min(sizes) < 64
 
 
 @torch.no_grad()

@@ -175,6 +175,11 @@ def test_page_says_what_is_open_and_what_is_missing():
     waiting = "decodability, selectivity, effect, wrong way, dose-response, controls, specificity."
     assert f"Also open, for want of held-out prompts alone: {waiting}" in re.sub(r"\s+", " ", page.words)
     assert "5 controls inconclusive" not in page.cells
+    few = complete(prompts=16)
+    few["counts"]["controls"] = 3
+    page = Page(report.render(verdict_of(few)))
+    assert "5 controls inconclusive" in page.cells
+    assert "wrong way, dose-response, specificity." in re.sub(r"\s+", " ", page.words)
     good = sample("PASS")
     for name in ("enough data", "controls", "necessity", "damage: perplexity", "damage: repetition"):
         some = tuple(replace(c, status="inconclusive") if c.name == name else c for c in good.criteria)

@@ -22,7 +22,7 @@ from probes.pairs import contrast
 from probes.verify import GateConfig, recipe, unrelated_behaviors, verify
 
 QUICK = GateConfig(
-    layers=(1,), direction="mean", doses=(-1.0, -0.5, 0.0, 0.5, 1.0), prompts=48, search_prompts=12, generations=8,
+    layers=(1,), direction="mean", doses=(-1.0, -0.5, 0.0, 0.5, 1.0), prompts=30, search_prompts=12, generations=8,
     max_new_tokens=8, general_texts=40,
 )  # fmt: skip
 WANTED, UNWANTED = ("obedient", "dutiful", "compliant"), ("inventive", "restless", "contrary")
@@ -164,11 +164,8 @@ def same(one, other, where="evidence"):
 
 
 def test_reuse_changes_the_cost_and_nothing_else(planted, behavior):
-    """On few prompts, so that it is INCONCLUSIVE; all methods, and answers that are edited too."""
-    config = replace(
-        QUICK, direction="auto", phase="both", mode="rotate", prompts=8, search_prompts=8, controls=3,
-        general_texts=12,
-    )  # fmt: skip
+    """On few prompts, so that it is INCONCLUSIVE; answers are edited too."""
+    config = replace(QUICK, phase="both", mode="rotate", prompts=8, search_prompts=8, controls=3, general_texts=12)
     fast, again = (gate(planted[0], behavior, config) for _ in range(2))
     slow = gate(planted[0], behavior, replace(config, reuse=False))
     assert json.dumps(fast.evidence) == json.dumps(again.evidence)  # number for number
