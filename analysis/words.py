@@ -83,11 +83,15 @@ def searched(row: Numbers) -> str:
     return lines(
         f"<b>{row['layer']}</b>{', ' + safe(row['method']) if 'method' in row else ''}",
         f"effect {estimate(row['effect'])} nats at dose {row['dose']:g}",
-        f"random directions ±{number(row['random_effect'])} nats on average",
-        f"shuffled labels ±{number(row['shuffled_effect'])} nats on average",
+        f"random directions {_around(row['random_effect'])}",
+        f"shuffled labels {_around(row['shuffled_effect'])}",
         f"AUROC {number(row['auroc'])}, reliability {number(row['reliability'])}",
         f"perplexity ratio {ratio(row['perplexity_ratio'])}",
     )
+
+
+def _around(size: float | None) -> str:
+    return f"±{number(size)} nats on average" if finite([size]) else "were not run here"
 
 
 def percent(share: float | None) -> str:

@@ -173,10 +173,18 @@ def spearman_over_groups(
     sizes = np.bincount(index).astype(np.float64)
     sums = np.stack([np.bincount(index, row) for row in table])  # [x, group]
     curves = (weights @ sums.T) / (weights @ sizes)[:, None]
-    sampled = np.array([spearman(x, curve.tolist()) for curve in curves])
-    lower, upper = interval(sampled, groups=sizes.size)
+    lower, upper = interval(_rank_correlations(x, curves), groups=sizes.size)
     value = spearman(x, table.mean(1).tolist())
     return Estimate(value=value, lower=lower, upper=upper, n=table.shape[1], groups=sizes.size, seed=seed)
+
+
+def _rank_correlations(x: Sequence[float], rows: Floats) -> Floats:
+    """Spearman of x against each row; NaN for a constant one."""
+    ranks = [scipy_stats.rankdata(one, axis=-1) for one in (np.asarray(x, dtype=np.float64)[None], rows)]
+    centred = [one - one.mean(-1, keepdims=True) for one in ranks]
+    scale = np.sqrt((centred[0] ** 2).sum(-1) * (centred[1] ** 2).sum(-1))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return (centred[0] * centred[1]).sum(-1) / scale
 
 
 def spearman_brown(correlation: float) -> float:

@@ -52,6 +52,12 @@ def test_layer_sweep_shows_each_layer_by_kind(verdict):
     np.testing.assert_allclose(noise.base, [-value for value in size])
     np.testing.assert_allclose(noise.y, [2 * value for value in size])
     assert "chosen: layer 4" in words_of(figure)
+    few = copy.deepcopy(dict(evidence))
+    few["layers"][1] |= {"bar": math.nan, "random_effect": math.nan, "shuffled_effect": None}
+    figure = figures.layer_sweep(replace(verdict, evidence=few))
+    assert list(trace(figure, noise.name).x) == [0, 2, 3, 4, 5, 6, 7]
+    assert "random directions were not run here<br>shuffled labels were not run here" in words_of(figure)
+    assert "layer 1: meaningless" not in words_of(figure)
     assert "hollow" in words_of(figure)
     assert "crossed" in words_of(figure)
 

@@ -51,11 +51,18 @@ def layer_sweep(verdict: Verdict) -> go.Figure:
     if not rows:
         return not_measured(title, "no layer was searched")
     figure = parts.heading(parts.blank(title, height=420), f"effect on propensity ({NATS})")
-    layers, noise = [row["layer"] for row in rows], [_noise(row) for row in rows]
+    layers, held = [row["layer"] for row in rows], [row for row in rows if finite([row["bar"]])]
+    noise = [_noise(row) for row in held]  # controls are run at the better layers alone
     marks = {row["layer"]: _eligibility(row, _threshold(verdict, "decodability")) for row in rows}
     reach = "meaningless directions are expected to reach"
-    words = [f"layer {i}: {reach} {number(r)} nats" for i, r in zip(layers, noise, strict=True)]
-    bars = dict(x=layers, y=[2 * r for r in noise], base=[-r for r in noise], width=0.55, marker_color=PALE)
+    words = [f"layer {row['layer']}: {reach} {number(r)} nats" for row, r in zip(held, noise, strict=True)]
+    bars = dict(
+        x=[row["layer"] for row in held],
+        y=[2 * r for r in noise],
+        base=[-r for r in noise],
+        width=0.55,
+        marker_color=PALE,
+    )
     figure.add_bar(**bars, name=f"± what {reach}", hovertext=words)
     for kind, (label, color, symbol) in KINDS.items():
         some = [row for row in rows if row["kind"] == kind]
