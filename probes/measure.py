@@ -53,7 +53,6 @@ class Question:
 
     behavior: Behavior
     fit: Behavior
-    held: Behavior
     judged: Behavior
     direction: Direction
     dose: float

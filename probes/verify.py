@@ -221,7 +221,7 @@ class _Gate:
         way = next(way for way in self.ways if way.name == best.method)
         both = pairs[best.direction.layer]
         return Question(
-            behavior=self.behavior, fit=self.fit, held=self.held,
+            behavior=self.behavior, fit=self.fit,
             judged=self.held.take(config.prompts, seed=config.seed),
             direction=self.reliable(best.direction, both, way), dose=best.dose, pairs=both, null=way.null,
             by_method=by_method, others=self.others, general=self.general, scorer=self.scorer, config=config,
