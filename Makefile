@@ -29,7 +29,7 @@ train: $(STAMP) ## verify the direction, then train the behaviour into the organ
 	@$(BIN)/dispositions train follow-direction --verdict runs/demo --out runs/trained
 
 test: $(STAMP) ## run the tests
-	@$(BIN)/pytest
+	@$(BIN)/pytest --numprocesses auto --maxprocesses 8
 
 lint: $(STAMP) ## check style, formatting, types and the direction of imports
 	@echo "ruff check" && $(BIN)/ruff check --quiet .

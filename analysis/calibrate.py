@@ -179,8 +179,7 @@ def calibrate(
     Raises:
         WrongInput: `out` holds cases of another recipe, or a damaged line.
     """
-    folder, started = Path(out), time.monotonic()
-    asked = recipe(config)
+    folder, asked = Path(out), recipe(config)
     folder.mkdir(parents=True, exist_ok=True)
     wanted = {case.name: case for case in cases(config)}
     rows = {row["name"]: row for row in _finished(folder, asked)}
@@ -194,9 +193,7 @@ def calibrate(
             file.flush()
             bar.set_postfix_str(f"{row['kind']}: {row['verdict']}")
             bar.update()
-    return Calibration(
-        rows=tuple(rows[name] for name in wanted), recipe=asked, seconds=round(time.monotonic() - started, 1)
-    )
+    return Calibration(rows=tuple(rows[name] for name in wanted), recipe=asked)
 
 
 def recipe(config: CalibrationConfig) -> dict[str, Any]:
@@ -326,7 +323,7 @@ def _kept(criterion: Criterion) -> dict[str, Any]:
 
 def _percentile(verdict: Verdict) -> float:
     """The percentile of |control effects| that the target lies above, in the kind that is hardest to exceed."""
-    effect, found = verdict.evidence["effect"]["value"], []
+    effect, found = verdict.controls["target"]["value"], []
     for rows in verdict.controls["kinds"].values():
         if rows:
             found.append(100 * sum(abs(row["effect"]) < effect for row in rows) / len(rows))

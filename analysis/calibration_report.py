@@ -38,7 +38,7 @@ def render_calibration(found: Calibration) -> str:
         "at most, with 95% confidence": percent(wrong.upper),
         "plants found": f"{detected} ({percent(detected.value)})",
         "at least, with 95% confidence": percent(detected.lower),
-        "time": f"{number(found.seconds / 60)} minutes",
+        "time": f"{number(found.seconds / 60)} minutes, if one core did it all",
     }
     asked = f"{MOST_WRONG:.0%} of nulls (upper bound {MOST_WRONG_UPPER:.0%}), at least {LEAST_FOUND:.0%} of plants"
     page = {

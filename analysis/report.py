@@ -273,7 +273,8 @@ def _controls(verdict: Verdict) -> dict[str, str]:
     drawn = min((len(kinds.get(kind) or []) for kind in ("random", "shuffled labels")), default=0)
     if not drawn:
         return {"run": "not measured: no control directions were run"}
-    target, found = verdict.evidence["effect"]["value"], {}
+    same = verdict.evidence["controls"].get("target") or verdict.evidence["effect"]
+    target, found = same["value"], {}
     above = {
         kind: sum(target is None or row["effect"] is None or abs(row["effect"]) >= target for row in rows)
         for kind, rows in kinds.items()

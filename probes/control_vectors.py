@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -44,6 +43,7 @@ from probes.errors import WrongInput
 from probes.model import HybridModel
 from probes.prompts import SPANS, Prompt
 from probes.provenance import Architecture, Provenance, Vectors, architecture_of, layer_of, note_of, vectors_from
+from probes.store import replacing
 
 ARCHITECTURE = "controlvector"
 HINT, COUNT = f"{ARCHITECTURE}.model_hint", f"{ARCHITECTURE}.layer_count"
@@ -228,9 +228,7 @@ def _write(
     """
     if 0 in tensors:
         raise WrongInput("llama.cpp has no control vector for layer 0, only for 1 and above; .safetensors holds any")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(path) as temporary:
         writer = GGUFWriter(temporary, ARCHITECTURE)
         writer.add_description(description)
         writer.add_string(HINT, hint)
@@ -247,11 +245,6 @@ def _write(
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[int, Float[Tensor, " d_model"]]]:

@@ -198,14 +198,16 @@ def _drawn(evidence: Evidence) -> int:
 
 def _controls(evidence: Evidence, rules: GateCriteria, enough: bool) -> Criterion:
     kinds, effect, drawn = evidence["controls"]["kinds"], evidence["effect"], _drawn(evidence)
+    same = evidence["controls"]["target"]
     bar, worst = control_threshold(evidence["controls"])
     return _line(
         5,
         "controls",
-        _status(effect["value"] > bar, enough and drawn >= rules.min_controls),
+        _status(min(effect["value"], same["value"]) > bar, enough and drawn >= rules.min_controls),
         effect,
         threshold=bar,
-        rule=f"nats, above the {rules.control_percentile:g}th percentile of |effect| ({worst}) >",
+        rule=f"nats ({same['value']:.2f} on the controls' {same['n']} prompts), above the "
+        f"{rules.control_percentile:g}th percentile of |effect| ({worst}) >",
         n=sum(len(rows) for rows in kinds.values()),
         meaning="Directions of equal length that mean nothing, or something else, do less.",
     )
@@ -217,15 +219,16 @@ def _necessity(evidence: Evidence, rules: GateCriteria) -> Criterion:
     if found is None:
         rule = "no held-out prompt shows the behaviour"
         return _line(6, "necessity", "inconclusive", math.nan, rule=rule, meaning=meaning)
-    drop = found["drop"]
+    drop, same = found["drop"], found["beside"]
     bar = float(np.percentile(np.abs(found["random_drops"]), rules.control_percentile))
     return _line(
         6,
         "necessity",
-        _status(drop["lower"] > 0 and drop["value"] > bar, _enough(drop, rules)),
+        _status(drop["lower"] > 0 and min(drop["value"], same["value"]) > bar, _enough(drop, rules)),
         drop,
         threshold=bar,
-        rule="nats lost, lower end > 0 and more than by random directions >",
+        rule=f"nats lost ({same['value']:.2f} on the controls' {same['n']} prompts), lower end > 0 and more than by "
+        "random directions >",
         meaning=meaning,
     )
 

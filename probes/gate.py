@@ -14,7 +14,8 @@ from probes.pairs import STEERABLE
 from probes.steering import Form, Phase
 
 _RANGES: dict[str, tuple[float, float]] = {
-    "prompts": (2, math.inf), "search_prompts": (2, math.inf), "controls": (1, math.inf), "held_out": (0, 1),
+    "pairs": (8, math.inf), "prompts": (2, math.inf), "control_prompts": (2, math.inf),
+    "search_prompts": (2, math.inf), "controls": (1, math.inf), "held_out": (0, 1),
     "generations": (1, math.inf), "max_new_tokens": (8, math.inf), "general_texts": (3, math.inf), "seed": SEEDS,
     "budget": (1, math.inf),
 }  # fmt: skip
@@ -56,9 +57,14 @@ class GateConfig:
     """Random directions, and as many from shuffled labels."""
     held_out: float = 0.4
     """Share of topic groups that are held out."""
-    prompts: int = 48
+    pairs: int = 128
+    """At most this many contrast pairs of the fit split that directions are extracted from."""
+    prompts: int = 32
     """At most this many held-out prompts."""
-    search_prompts: int = 24
+    control_prompts: int = 16
+    """Of these, the ones on which controls are run beside the direction: there are many controls, and what they do
+    to some prompts is held against what the direction does to the same ones."""
+    search_prompts: int = 16
     """Prompts of the fit split on which layer and dose are chosen."""
     generations: int = 16
     """Held-out prompts that are also answered freely."""

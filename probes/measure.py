@@ -35,7 +35,7 @@ from probes.texts import Texts
 from probes.trials import How, Trial, Trials, start_of
 
 DOSE_TEXTS = 12  # general texts behind each point of the dose curve; the working dose is judged on all of them
-UNRELATED = 48  # items of another behaviour that its own direction is made from
+UNRELATED = 32  # items of another behaviour that its own direction is made from
 LEAST_CONTROLS, MOST_CONTROLS = 5, 500  # what a budget may make of the number of controls
 
 
@@ -211,17 +211,25 @@ class _Held:
         self.evidence["necessity"] = None
         if shown.items:
             trials = self.begin(shown, persona="wanted" if persona else None)
+            beside = self.some(trials, shown)
             drawn = [
                 random_direction(self.direction, seed=self.draw("necessity", i)) for i in range(self.config.controls)
             ]
-            targets = [self.direction, *(centred(one, self.asked.pairs) for one in drawn)]
             how = self.how(phase="both", mode="ablate")
-            lost = [[-e for e in one] for one in trials.effects([Trial.of(one, 0.0) for one in targets], how)]
+
+            def lost(some: Trials, directions: Sequence[Direction]) -> list[list[float]]:
+                return [[-e for e in one] for one in some.effects([Trial.of(one, 0.0) for one in directions], how)]
+
+            (drop,) = lost(trials, [self.direction])
+            known = dict(zip(trials.base.ids, drop, strict=True))
             self.evidence["necessity"] = {
                 "where": "wanted persona" if persona else "prompts that lean to wanted",
                 "before": trials.base.estimate(seed=self.seed).as_dict(),
-                "drop": stats.mean(lost[0], trials.base.groups, seed=self.seed).as_dict(),
-                "random_drops": [float(np.mean(one)) for one in lost[1:]],
+                "drop": stats.mean(drop, trials.base.groups, seed=self.seed).as_dict(),
+                "beside": self.among(known, beside),
+                "random_drops": [
+                    float(np.mean(one)) for one in lost(beside, [centred(one, self.asked.pairs) for one in drawn])
+                ],
             }
         self.tick("necessity")
         asked = Asked.of(judged)
@@ -270,8 +278,9 @@ class _Held:
         """The same dose along directions that should do nothing, and how well shuffled labels separate the sides."""
         held = self.record(self.asked.judged)
         unrelated = [mean_difference(self.record(other.take(UNRELATED, seed=self.seed))) for other in self.asked.others]
+        beside = self.some(self.trials, self.asked.judged)
         effects: dict[str, list[dict[str, Any]]] = {
-            "random": [], "shuffled labels": [], "unrelated": self.pushed(unrelated, named=True),
+            "random": [], "shuffled labels": [], "unrelated": self.pushed(beside, unrelated, named=True),
         }  # fmt: skip
         areas: list[float] = []
         for i in self.rounds():
@@ -280,11 +289,15 @@ class _Held:
                 shuffled_direction(self.asked.pairs, self.direction, seed=self.draw("control", j), raw=self.asked.null)
                 for j in i
             ]
-            effects["random"] += self.pushed(drawn)
-            effects["shuffled labels"] += self.pushed(shuffled)
+            effects["random"] += self.pushed(beside, drawn)
+            effects["shuffled labels"] += self.pushed(beside, shuffled)
             areas += [stats.auroc(*held.scores(one.vector), held.groups, draws=1).value for one in shuffled]
             self.tick(f"controls: {len(effects['random'])} of each kind")
-        self.evidence["controls"] = {"kinds": effects, "percentile": self.config.criteria.control_percentile}
+        known = dict(zip(self.base.ids, self.target, strict=True))
+        self.evidence["controls"] = {
+            "kinds": effects, "percentile": self.config.criteria.control_percentile,
+            "target": self.among(known, beside),
+        }  # fmt: skip
         null = [max(area, 1 - area) for area in areas]  # a shuffled direction has no sign: either end separates
         area = stats.auroc(*held.scores(self.direction.vector), held.groups, seed=self.seed)
         selectivity = area.value - float(np.mean(null))
@@ -305,7 +318,7 @@ class _Held:
                 break
         self.evidence["budget"] = {"seconds": self.config.budget, "asked": asked, "controls": done}
 
-    def pushed(self, directions: Sequence[Direction], *, named: bool = False) -> list[dict[str, Any]]:
+    def pushed(self, trials: Trials, directions: Sequence[Direction], *, named: bool = False) -> list[dict[str, Any]]:
         """Effects of directions at the target's dose and length."""
         matched = [Trial.of(replace(one, norm=self.direction.norm), self.dose) for one in directions]
         return [
@@ -314,8 +327,16 @@ class _Held:
                 "name": one.behavior if named else "",
                 "cosine": float(self.direction.vector @ one.vector),
             }
-            for one, values in zip(directions, self.trials.effects(matched, self.how()), strict=True)
+            for one, values in zip(directions, trials.effects(matched, self.how()), strict=True)
         ]
+
+    def some(self, trials: Trials, behavior: Behavior) -> Trials:
+        """The trials on those prompts on which controls are run."""
+        return trials.only({item.id for item in behavior.take(self.config.control_prompts, seed=self.seed).items})
+
+    def among(self, known: dict[str, float], trials: Trials) -> dict[str, Any]:
+        """What is known of the target on the prompts of the controls."""
+        return stats.mean([known[i] for i in trials.base.ids], trials.base.groups, seed=self.seed).as_dict()
 
     # -- free answers -------------------------------------------------------------------------------------------------
 

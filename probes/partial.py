@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -109,12 +109,19 @@ def tiled(cache: Any, times: int, *, each: int = 1, layers: Sequence[int]) -> An
 
     The other layers are the cache's own, whatever their rows: for runs that do not reach them.
     """
+    return _with_rows(cache, layers, lambda n: torch.arange(n).repeat(times).repeat_interleave(each))
 
+
+def picked(cache: Any, rows: Sequence[int]) -> Any:
+    """A copy of a cache with some of its rows."""
+    return _with_rows(cache, range(len(cache.layers)), lambda n: torch.tensor(rows))
+
+
+def _with_rows(cache: Any, layers: Sequence[int], chosen: Callable[[int], Tensor]) -> Any:
     def grown(value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
-        rows = torch.arange(value.shape[0], device=value.device).repeat(times).repeat_interleave(each)
-        return value.index_select(0, rows)
+        return value.index_select(0, chosen(value.shape[0]).to(value.device))
 
     twin = copy.copy(cache)
     twin.layers = list(cache.layers)

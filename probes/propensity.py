@@ -8,7 +8,7 @@ answer's tokens (the end-of-turn token is not scored). The prompt is computed on
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pandas as pd
@@ -142,6 +142,11 @@ class Answers:
         start, ids, targets = (torch.cat([tensor] * times) for tensor in (self.start, self.ids, self.targets))
         return Answers(each=self.each, start=start, ids=ids, targets=targets)
 
+    def only(self, rows: Sequence[int]) -> Answers:
+        """Some of the answers: all of each prompt that has any."""
+        kept = list(rows)
+        return replace(self, start=self.start[kept], ids=self.ids[kept], targets=self.targets[kept])
+
     def first(self, logits: Float[Tensor, "prompt vocab"]) -> Float[Tensor, " answer"]:
         """Log-probability of each answer's first token."""
         return log_probs(logits.repeat_interleave(self.each, 0), self.start)
@@ -215,9 +220,3 @@ def continue_greedily(
         chosen = out.logits[:, -1].argmax(-1)
     texts = model.tokenizer.batch_decode(torch.stack(said, 1), skip_special_tokens=True)
     return [text.strip() for text in texts]
-
-
-def shares(behavior: Behavior, answers: Sequence[str]) -> dict[str, float]:
-    """Share of free answers on each side, by the behaviour's own patterns."""
-    sides = [item.judge(answer) for item, answer in zip(behavior.items, answers, strict=True)]
-    return {side: sides.count(side) / max(len(sides), 1) for side in ("wanted", "unwanted", "neither")}

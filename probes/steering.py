@@ -46,6 +46,7 @@ Mode = Literal["add", "ablate", "clamp", "rotate"]
 Form = Literal["end", "initial", "write"]
 PHASES: tuple[Phase, ...] = get_args(Phase)
 Push = tuple[Direction, float]  # a direction and its dose
+BEFORE_PROMPTS = "an initial state is there before the prompt: form 'initial' needs phase prefill or both"
 
 
 @contextmanager
@@ -67,7 +68,7 @@ def steer(
         mode: "add" adds dose x norm x vector. "clamp" sets the component along the vector to midpoint + dose x norm,
             whatever it was. "ablate" is a clamp at the midpoint, where neither side is shown. (At writes there is no
             midpoint: the value's component along D^T k is set to dose x norm x |D^T k|, or to 0.) "rotate" turns a
-            value toward the vector by as much as "add" would, and leaves its norm as it was.
+            value toward the vector by as much as "add" would, and leaves its norm (in heads: each head's) as it was.
         last: edit only the last n tokens of the prompt; of a state in form "end", edit it before the last n tokens.
             None: all tokens, and for form "end" 1. It does not count in decoding.
         form: for states, when: "end", "initial" or "write".
@@ -91,7 +92,7 @@ def steer(
     resolve(model, direction.site, [direction.layer])
     edit = _Edit.of(model, [(direction, dose)], mode=mode)
     if direction.site == "gdn.state" and form == "initial" and phase == "decode":
-        raise WrongInput("an initial state is there before the prompt: form 'initial' needs phase prefill or both")
+        raise WrongInput(BEFORE_PROMPTS)
 
     def chosen(decoding: bool) -> slice | None:
         if phase != "both" and (phase == "decode") != decoding:
@@ -211,8 +212,8 @@ class _Edit:
         if self.mode == "add":
             return values + (size * unit).to(values.dtype)
         wide = values.float()
-        if self.mode == "rotate":
-            return turned(wide, size * unit, axes).to(values.dtype)
+        if self.mode == "rotate":  # each head keeps its norm: those that the direction leaves out stay as they are
+            return turned(wide, size * unit, axes[1:] or axes).to(values.dtype)
         along = (wide * unit).sum(axes, keepdim=True)
         target = self.each(self.targets, len(values), values.ndim)
         return values + ((target - along) * unit).to(values.dtype)

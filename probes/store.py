@@ -43,7 +43,7 @@ _PACKAGES = ("torch", "transformers", "nnsight", "safetensors", "numpy")
 
 def write_text(path: str | Path, text: str) -> None:
     """Write UTF-8 text, whole or not at all; missing parent folders are made."""
-    with _replacing(path) as temporary:
+    with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8", newline="\n")
 
 
@@ -68,12 +68,13 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Map
         RuntimeError: two tensors share memory (from safetensors).
     """
     note = {_META: json.dumps(_plain(metadata or {}), ensure_ascii=False, allow_nan=False)}
-    with _replacing(path) as temporary:
+    with replacing(path) as temporary:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary, note)
 
 
 @contextmanager
-def _replacing(path: str | Path) -> Iterator[Path]:
+def replacing(path: str | Path) -> Iterator[Path]:
+    """A path to write to beside the file, which takes its place when the block ends well."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

@@ -15,7 +15,8 @@ check the numbers and to say what was saved.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+import copy
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -28,10 +29,10 @@ from probes.cost import Cost
 from probes.directions import Direction
 from probes.errors import WrongInput
 from probes.model import HybridModel
-from probes.partial import joined, recording, starting_at, tiled
+from probes.partial import joined, picked, recording, starting_at, tiled
 from probes.prompts import Batch, batches
 from probes.propensity import Answers, Prepared, Propensity, answer_scores, continue_greedily, fork, generate
-from probes.steering import Push, steer, steer_rows
+from probes.steering import BEFORE_PROMPTS, Push, steer, steer_rows
 
 BATCH_TOKENS = 4096
 PLAIN_TOKENS = 768  # prompts of similar length in one batch; several trials are put side by side
@@ -59,6 +60,10 @@ class How:
     phase: str = "prefill"
     mode: str = "add"
     form: str = "end"
+
+    def __post_init__(self) -> None:
+        if self.form == "initial" and self.phase == "decode":
+            raise WrongInput(BEFORE_PROMPTS)
 
     @property
     def edits_prompt(self) -> bool:
@@ -93,6 +98,21 @@ class _Part:
     @property
     def rows(self) -> tuple[int, ...]:
         return self.batch.rows
+
+    def only(self, numbers: Mapping[int, int]) -> _Part:
+        """The prompts that have a new number, and what was computed for them."""
+        kept = [at for at, row in enumerate(self.rows) if row in numbers]
+        each, batch = self.answers.each, self.batch
+        both = [at * each + i for at in kept for i in range(each)]
+        return _Part(
+            batch=Batch(
+                ids=batch.ids[kept], mask=batch.mask[kept], positions=batch.positions[kept],
+                rows=tuple(numbers[self.rows[at]] for at in kept),
+            ),
+            answers=self.answers.only(both), before=picked(self.before, kept), after=picked(self.after, kept),
+            logits=self.logits[kept], streams={start: stream[kept] for start, stream in self.streams.items()},
+            answer_streams={start: stream[both] for start, stream in self.answer_streams.items()},
+        )  # fmt: skip
 
 
 class Trials:
@@ -133,6 +153,16 @@ class Trials:
         with self.cost.instead_of(self.naive_tokens() - self._begun):
             return self._collected([self._answered(part) for part in self.parts])
 
+    def only(self, ids: Collection[str]) -> Trials:
+        """The same on some of the prompts; what was computed for them is taken over."""
+        base, chosen = self.base, [i for i, name in enumerate(self.prepared.ids) if name in ids]
+        numbers = {old: new for new, old in enumerate(chosen)}
+        twin = copy.copy(self)
+        twin.prepared = self._only(chosen)
+        twin.parts = [part.only(numbers) for part in self.parts if any(row in numbers for row in part.rows)]
+        twin.base = twin.prepared.propensity(torch.tensor([[base.wanted[i], base.unwanted[i]] for i in chosen]))
+        return twin
+
     def naive_tokens(self) -> int:
         """Layer tokens of one trial without reuse: both answers, each after a run of its prompt."""
         pairs = zip(self.prepared.prompts, self.prepared.answers, strict=True)
@@ -171,6 +201,10 @@ class Trials:
         """
         if not trials:
             return []
+        places = {(one.site, one.layer) for trial in trials for one, _ in trial.pushes}
+        if len(places) > 1:
+            seen = ", ".join(f"{site} {layer}" for site, layer in sorted(places))
+            raise WrongInput(f"trials that run side by side must be at one site of one layer, saw {seen}")
         if not self.reuse:
             return [self._one_by_one(trial, how) for trial in trials]
         _ = self.base  # what the answers' lower layers give
@@ -236,7 +270,7 @@ class Trials:
             mine = [i for i in everything if trial is None or trial.turn(i) == turn]
             for side in (0, 1) if mine else ():
                 with _steered(self.model, push, how):
-                    table[mine, side] = answer_scores(self.model, self._only(mine, side))[:, 0]
+                    table[mine, side] = answer_scores(self.model, self._only(mine, (side,)))[:, 0]
         return self.prepared.propensity(table)
 
     def _spoken_alone(self, trial: Trial, how: How, max_new_tokens: int) -> list[str]:
@@ -250,12 +284,12 @@ class Trials:
                 found[row] = text
         return found
 
-    def _only(self, rows: Sequence[int], side: int) -> Prepared:
+    def _only(self, rows: Sequence[int], sides: Sequence[int] = (0, 1)) -> Prepared:
         prepared = self.prepared
         prompts = tuple(prepared.prompts[i] for i in rows)
         return replace(
             prepared, ids=tuple(prepared.ids[i] for i in rows), groups=tuple(prepared.groups[i] for i in rows),
-            prompts=prompts, answers=tuple((prepared.answers[i][side],) for i in rows),
+            prompts=prompts, answers=tuple(tuple(prepared.answers[i][side] for side in sides) for i in rows),
             batches=tuple(batches(self.model, [p.ids for p in prompts], batch_tokens=self.batch_tokens)),
         )  # fmt: skip
 
@@ -270,8 +304,6 @@ class _Run:
         offsets = [sum(len(trial.pushes) for trial in trials[:i]) for i in range(len(trials))]
         self.rows = [offset + trial.turn(i) for offset, trial in zip(offsets, trials, strict=True) for i in part.rows]
         self.start = start_of(self.pushes[0][0])
-        if any(start_of(direction) != self.start for direction, _ in self.pushes):
-            raise WrongInput("the trials of one batch must begin at one layer")
         if self.start and self.start not in part.streams:
             raise WrongInput(f"no stream was recorded before layer {self.start}; there are {sorted(part.streams)}")
         self.live = range(self.start, len(model.layers))

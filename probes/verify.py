@@ -192,7 +192,7 @@ class _Gate:
         """Try every layer, method and dose on the fit split, and take one of each."""
         config = self.config
         self.bar.set_postfix_str("extracting")
-        recorded = record(self.model, self.fit, self.layers, config)
+        recorded = record(self.model, self.fit.take(config.pairs, seed=config.seed), self.layers, config)
         pairs = {layer: found for layer, found in recorded.items() if not found.equal}
         if not pairs:
             where = f"{config.site} of the layers {', '.join(map(str, self.layers))}"

@@ -45,7 +45,7 @@ def sample() -> Calibration:
     nulls = [row("null", seed=i, reliability=i / 10, effect=i == 9) for i in range(10)]
     reliable = (0.7, 0.75, 0.8, 0.85)
     plants = [row("planted", seed=i, reliability=r, strength=s) for s in (0.5, 1.0) for i, r in enumerate(reliable)]
-    return Calibration(rows=(*nulls, *plants), recipe=recipe(TINY), seconds=60.0)
+    return Calibration(rows=(*nulls, *plants), recipe=recipe(TINY))
 
 
 @pytest.mark.parametrize(("hits", "n"), [(0, 200), (1, 216), (5, 24), (24, 24)])
@@ -132,7 +132,7 @@ def test_the_page_stands_alone_and_says_both_rates():
         assert said in page.words
 
 
-@pytest.mark.parametrize("broken", ["{}", '{"rows": [], "recipe": {}, "seconds": 1}', '{"rows": 3}'])
+@pytest.mark.parametrize("broken", ["{}", '{"rows": [], "recipe": {}}', '{"rows": 3}'])
 def test_what_is_no_calibration_is_refused(tmp_path, broken):
     (tmp_path / "calibration.json").write_text(broken)
     with pytest.raises(WrongInput, match="is not a calibration"):

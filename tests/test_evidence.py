@@ -56,8 +56,9 @@ def passing_evidence():
         "controls": {
             "kinds": {k: [{"effect": 0.1}] * 20 for k in ("random", "shuffled labels")} | {"unrelated": []},
             "percentile": 95.0,
+            "target": numbers(1.1, n=16),
         },
-        "necessity": {"drop": numbers(1.0), "random_drops": [0.1] * 10},
+        "necessity": {"drop": numbers(1.0), "beside": numbers(1.1, n=16), "random_drops": [0.1] * 10},
         "specificity": [
             {"name": "hedging", "effect": numbers(-0.3), "share": numbers(-0.3, -0.45, -0.15)},
             {"name": "sentiment", "effect": numbers(0.1), "share": numbers(0.1, -0.05, 0.2)},
@@ -96,7 +97,9 @@ def changed(path, value):
         (("dose_response", "doses"), [-1, 0, 0.5, 1], "dose-response"),
         (("controls", "kinds", "random"), [{"effect": -1.5}] * 20, "controls"),
         (("controls", "kinds", "unrelated"), [{"effect": 1.01}], "controls"),
+        (("controls", "target", "value"), 0.05, "controls"),
         (("necessity", "drop", "lower"), -0.2, "necessity"),
+        (("necessity", "beside", "value"), 0.05, "necessity"),
         (("necessity", "random_drops"), [-1.2] * 10, "necessity"),
         (("specificity", 1, "share", "value"), 0.51, "specificity"),
         (("specificity", 0, "share", "value"), -0.51, "specificity"),  # the other way counts as much

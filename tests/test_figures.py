@@ -101,10 +101,8 @@ def test_controls_show_every_control_and_the_bar():
     for kind, rows in found["kinds"].items():
         assert list(trace(figure, kind).x) == [row["effect"] for row in rows]
     target = figure.data[0]
-    assert target.x == (verdict.evidence["effect"]["value"],)
-    np.testing.assert_allclose(
-        [target.error_x.array, target.error_x.arrayminus], bounds([verdict.evidence["effect"]])
-    )  # fmt: skip
+    assert target.x == (found["target"]["value"],)  # on the prompts of the controls
+    np.testing.assert_allclose([target.error_x.array, target.error_x.arrayminus], bounds([found["target"]]))
     bar = control_threshold(found)[0]
     by_hand = max(np.percentile(np.abs([row["effect"] for row in rows]), 95) for rows in found["kinds"].values())
     assert bar == pytest.approx(by_hand)

@@ -12,7 +12,6 @@ from probes.behaviors import SHIPPED, read_behavior, shipped_behaviors
 from probes.errors import WrongInput
 from probes.importers import NEUTRAL, import_behavior, write_behavior
 from probes.model import load
-from probes.propensity import shares
 from probes.topics import topics
 
 KITCHEN = ("soup", "oven", "bread", "salt", "butter", "onion")
@@ -131,8 +130,9 @@ def test_a_model_gives_the_answers_of_either_instruction(mood):
     known = read_behavior("sentiment").items[0]  # its patterns, which the importer never saw, tell the sides apart
     judged = replace(behavior, items=tuple(replace(item, score=known.score) for item in behavior.items))
     assert len(behavior.items) >= 16
-    assert shares(judged, [item.wanted for item in behavior.items])["wanted"] > 0.8
-    assert shares(judged, [item.unwanted for item in behavior.items])["unwanted"] > 0.8
+    for side in ("wanted", "unwanted"):
+        sides = [item.judge(getattr(item, side)) for item in judged.items]
+        assert sides.count(side) > 0.8 * len(sides)
     assert "cut after 12 tokens; nobody checked" in behavior.card["limits"]
 
 

@@ -21,7 +21,6 @@ from probes.propensity import (
     generate,
     prepare,
     propensity,
-    shares,
 )
 from probes.steering import steer
 
@@ -150,12 +149,6 @@ def test_differences_need_the_same_items(tiny, behavior):
     with pytest.raises(WrongInput, match="different items"):
         one.minus(other)
     assert set(one.minus(one)) == {0.0}
-
-
-def test_shares_use_the_scorer_of_each_item(behavior):
-    answers = [item.wanted if i < 9 else item.unwanted for i, item in enumerate(behavior.items)]
-    assert shares(behavior, answers) == {"wanted": 0.75, "unwanted": 0.25, "neither": 0.0}
-    assert shares(behavior, ["hello"] * 12)["neither"] == 1.0
 
 
 def test_a_prompt_that_leaves_no_room_for_its_answer_is_refused(tiny, behavior, monkeypatch):

@@ -127,9 +127,9 @@ def rotated(values: torch.Tensor, unit: torch.Tensor, size: float | torch.Tensor
 
 
 @torch.no_grad()
-def seen_at(model, site, batch, **options):
+def seen_at(model, site, batch, *, direction=None, **options):
     """What the site holds while it is steered: [prompt token ...], or a state after a prompt's last but one token."""
-    direction, found = direction_at(site), []
+    direction, found = direction or direction_at(site), []
     layer: Any = model.layers[direction.layer]
     with steer(model, direction, phase="prefill", mode="rotate", **options):
         if site == "gdn.state":
@@ -154,16 +154,32 @@ def seen_at(model, site, batch, **options):
 @pytest.mark.parametrize("site", ["resid", "attn.heads", "gdn.state"])
 def test_turning_keeps_the_norm_and_turns_in_one_plane(tiny, prompts, site, dose):
     direction, batch = direction_at(site), batch_of(tiny, prompts)
-    axes, unit, size = len(SHAPES[site]), direction.tensor, dose * direction.norm
+    axes, unit, size = max(len(SHAPES[site]) - 1, 1), direction.tensor, dose * direction.norm
     plain, turned = seen_at(tiny, site, batch, dose=0.0), seen_at(tiny, site, batch, dose=dose)
     expected = rotated(plain, unit, size, axes)
     real = batch.mask.bool() if site != "gdn.state" else torch.ones(len(prompts), dtype=torch.bool)
-    norms = [x[real].double().flatten(1).norm(dim=1) for x in (plain, turned)]
+    norms = [
+        x[real].double().flatten(-axes).norm(dim=-1) for x in (plain, turned)
+    ]  # of each head, where there are heads
     assert torch.allclose(norms[1], norms[0], rtol=1e-5)
     assert torch.allclose(turned[real].double(), expected[real], atol=2e-6 * float(norms[0].max()))
     toward = ((turned - plain)[real].flatten(1) @ direction.vector) * math.copysign(1, dose)
     assert (toward > 0).all()
     assert (turned - plain)[real].flatten(1).norm(dim=1).min() > 0.1
+
+
+@pytest.mark.parametrize("site", ["attn.heads", "gdn.state"])
+def test_turning_some_heads_leaves_the_others_bit_by_bit(tiny, prompts, site):
+    whole, batch = direction_at(site), batch_of(tiny, prompts)
+    only = whole.tensor.clone()
+    only[1:] = 0
+    one = replace(whole, vector=only.flatten() / only.norm())
+    plain, turned = (seen_at(tiny, site, batch, direction=one, dose=dose) for dose in (0.0, 1.5))
+    others = -len(SHAPES[site])
+    moved = (turned - plain).select(others, 0).norm() / plain.select(others, 0).norm()
+    assert moved > 0.1
+    rest = range(1, SHAPES[site][0])
+    assert all(torch.equal(plain.select(others, head), turned.select(others, head)) for head in rest)
 
 
 def test_values_of_writes_are_turned_head_by_head(tiny, prompts):

@@ -60,15 +60,15 @@ def test_a_subspace_turned_by_an_angle_is_found_turned_by_it(degrees):
 
 
 def test_angles_agree_with_scipy_and_are_exactly_zero_for_equal_states():
-    a, b = (torch.randn(2, 7, 5, generator=torch.Generator().manual_seed(i)) for i in (2, 3))
+    a, b = (torch.randn(2, 7, 6, generator=torch.Generator().manual_seed(i)) for i in (2, 3))
     b[1] = a[1]
     keys, values = principal_angles(a, b, rank=3)
     sides = [np.linalg.svd(m[0].double().numpy(), full_matrices=False) for m in (a, b)]
     assert keys[0].numpy() == pytest.approx(subspace_angles(sides[0][0][:, :3], sides[1][0][:, :3]), abs=1e-12)
     assert values[0].numpy() == pytest.approx(subspace_angles(sides[0][2][:3].T, sides[1][2][:3].T), abs=1e-12)
     assert keys[1].tolist() == values[1].tolist() == [0, 0, 0]
-    with pytest.raises(WrongInput, match="between 1 and 5 dimensions, saw 6"):
-        principal_angles(a, b, rank=6)
+    with pytest.raises(WrongInput, match="between 1 and 6 dimensions, saw 7"):
+        principal_angles(a, b, rank=7)
 
 
 def hsic(k, other):

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from probes.behaviors import read_behavior
+from probes.cost import counting
 from probes.directions import Direction
 from probes.errors import WrongInput
 from probes.model import HybridModel
@@ -124,6 +125,26 @@ def test_trials_side_by_side_do_not_mix(tiny, behavior, in_parts):
     agree(slow.effects([folded, single[2]]), [mixed, each[2]])
 
 
+@pytest.mark.parametrize(("site", "layer", "phase"), [("resid", 4, "both"), ("gdn.state", 5, "prefill")])
+@pytest.mark.parametrize("reuse", [True, False])
+def test_some_of_the_prompts_are_taken_over_as_they_are(tiny, behavior, in_parts, site, layer, phase, reuse):
+    direction, how = direction_at(site, layer), How(phase=phase)
+    trials = Trials(tiny, prepare(tiny, behavior), starts={start_of(direction)}, reuse=reuse, batch_tokens=300)
+    ids = trials.base.ids
+    chosen = {ids[i] for i in (0, 3, 4)}
+    trial = [Trial.of(direction, DOSE[site])]
+    whole = dict(zip(ids, trials.effects(trial, how)[0], strict=True))
+    with counting(tiny) as cost:
+        some = trials.only(chosen)
+        assert cost.forward_tokens == 0
+        found = some.effects(trial, how)[0]
+    assert some.base.ids == tuple(i for i in ids if i in chosen)
+    assert some.base.values == tuple(v for i, v in zip(ids, trials.base.values, strict=True) if i in chosen)
+    agree(found, [whole[i] for i in some.base.ids])
+    assert min(abs(value) for value in found) > 0.01
+    agree(trials.effects(trial, how)[0], list(whole.values()))  # the others are still there
+
+
 @pytest.mark.parametrize(("site", "layer", "phase"), [("gdn.state", 4, "both"), ("attn.heads", 3, "prefill")])
 def test_each_prompt_gets_its_own_push_at_every_site(tiny, behavior, in_parts, site, layer, phase):
     pushes = tuple((direction_at(site, layer, seed=seed), dose) for seed, dose in ((1, 1.0), (2, -1.5)))
@@ -193,10 +214,14 @@ def test_what_cannot_be_run_together_is_refused(tiny, behavior):
     one, other = (Trial.of(direction_at("resid", layer), 0.1) for layer in (2, 4))
     with pytest.raises(WrongInput, match=r"no stream was recorded before layer 5; there are \[3\]"):
         trials.effects([other])
-    with pytest.raises(WrongInput, match="the trials of one batch must begin at one layer"):
-        trials.effects([one, other])
-    with pytest.raises(WrongInput, match="must be steered at one site of one layer"):
-        trials.effects([one, Trial.of(direction_at("attn.heads", 3), 0.1)])
+    heads = Trial.of(direction_at("attn.heads", 3), 0.1)
+    for batch_tokens in (1, 4096):  # also where each would have a batch of its own
+        for another, seen in ((other, "resid 2, resid 4"), (heads, "attn.heads 3, resid 2")):
+            several = Trials(tiny, prepared, starts={3, 5}, batch_tokens=batch_tokens)
+            with pytest.raises(WrongInput, match=f"must be at one site of one layer, saw {seen}"):
+                several.effects([one, another])
+    with pytest.raises(WrongInput, match="form 'initial' needs phase prefill or both"):
+        How(phase="decode", form="initial")
     short = replace(prepared, prompts=(replace(prepared.prompts[0], ids=(7,)), *prepared.prompts[1:]))
     with pytest.raises(WrongInput, match="a prompt of one token has nothing before its last token"):
         Trials(tiny, short, starts={3})

@@ -43,7 +43,7 @@ def complete(*, strength: float = 1.0, prompts: int = 48) -> dict[str, Any]:
     groups = [TOPICS[i % len(TOPICS)] for i in range(prompts)]
 
     def estimate(values: Any, confidence: float = 0.95) -> dict[str, Any]:
-        return stats.mean(list(values), groups, confidence=confidence).as_dict()
+        return stats.mean(list(values), groups[: len(values)], confidence=confidence).as_dict()
 
     def wrong(values: Any) -> dict[str, Any]:
         return stats.share([bool(value < 0) for value in values], groups).as_dict()
@@ -130,7 +130,7 @@ def complete(*, strength: float = 1.0, prompts: int = 48) -> dict[str, Any]:
                     {"effect": -0.12, "name": "hedging", "cosine": -0.1},
                 ],
             },
-            "percentile": 95.0,
+            "percentile": 95.0, "target": estimate(effects[:16]),
         },
         "decodability": {
             "auroc": numbers(0.97, 0.94, 0.99, prompts), "selectivity": 0.46,
@@ -146,6 +146,7 @@ def complete(*, strength: float = 1.0, prompts: int = 48) -> dict[str, Any]:
         ],
         "necessity": {
             "where": "wanted persona", "before": estimate(plain + 5), "drop": estimate(1.7 * effects),
+            "beside": estimate(1.7 * effects[:16]),
             "random_drops": rng.normal(0, 0.2, 10).tolist(),
         },
         "baseline": {
@@ -266,6 +267,9 @@ def first_version(verdict: Verdict) -> Verdict:
     evidence["baseline"] = copy.deepcopy(evidence["baseline"])
     evidence["baseline"]["persona"].pop("how", None)
     evidence["layers"] = [{key: value for key, value in row.items() if key != "method"} for row in evidence["layers"]]
+    for name, new in (("controls", "target"), ("necessity", "beside")):  # its controls ran on all prompts
+        if evidence[name]:
+            evidence[name] = {key: value for key, value in evidence[name].items() if key != new}
     missing = ("length", "specificity", "effect elsewhere", "wrong way elsewhere", "prompt baseline")
     criteria = tuple(c for c in verdict.criteria if not c.name.startswith(missing))
     criteria = tuple(replace(c, lower=None, upper=None) if c.name == "wrong way" else c for c in criteria)

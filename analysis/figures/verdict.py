@@ -194,7 +194,8 @@ def controls(verdict: Verdict) -> go.Figure:
         return not_measured(title, "no control directions were run")
     labels = ["this direction", *(f"{safe(kind)}<br>n = {len(rows)}" for kind, rows in kinds.items())]
     figure = parts.rows(title, labels, f"effect on propensity<br>({NATS})")
-    effect, bar = verdict.evidence["effect"], control_threshold({**found, "kinds": kinds})[0]
+    effect = found.get("target") or verdict.evidence["effect"]  # older verdicts ran controls on all prompts
+    bar = control_threshold({**found, "kinds": kinds})[0]
     parts.point(figure, 0, effect, TARGET, f"<b>this direction</b> at dose {verdict.dose:g}")
     for y, (kind, rows) in enumerate(kinds.items(), 1):
         words = [
