@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import beta
 
+from probes.damage import DATA
 from probes.errors import WrongInput
 from probes.store import read_result, write_json
 
@@ -204,6 +206,12 @@ def open_calibration(path: str | Path) -> Calibration:
     except (KeyError, TypeError, AttributeError) as error:
         raise WrongInput(f"{path} is not a calibration: {error}") from error
     return found
+
+
+@lru_cache(maxsize=1)
+def shipped_calibration() -> Calibration | None:
+    """The calibration that comes with the suite, of the gate as it ships."""
+    return open_calibration(DATA / RESULT) if (DATA / RESULT).is_file() else None
 
 
 def _rate(rows: Sequence[Row]) -> Rate:

@@ -1,15 +1,17 @@
 """One verdict, one page: an HTML file that explains itself and loads nothing (see `analysis.pages`).
 
-The page is made from a `Verdict` alone, so it can be written again from `verdict.json` at any time. What it says in its
-own words is in `templates/verdict.html.j2`.
+The page is made from a `Verdict` alone, beside what is known of the gate itself, so it can be written again from
+`verdict.json` at any time. What it says in its own words is in `templates/verdict.html.j2`.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from analysis.calibration import Calibration, shipped_calibration
 from analysis.figures import draw
 from analysis.pages import as_sentence, render_page, settings, typeset
 from analysis.words import ON_TEXT, PHASES, UNITS, Numbers, estimate, finite, number, percent, ratio, reason
@@ -29,6 +31,7 @@ CONTRASTS = {
     "persona": "the same prompts under both personas, read at the last prompt token",
     "answer": "the two answers, as a mean over their tokens: it may describe the text rather than the disposition",
 }
+ANY = ("site", "seed", "reuse")  # settings that the gate was calibrated for in any value
 THRESHOLDS = {
     "length": "0: largest distance from 0.5 of the AUROC with which length alone tells the two sides apart",
     "reliability": "1: least split-half agreement of the direction",
@@ -83,6 +86,7 @@ def render(verdict: Verdict) -> str:
         "split": evidence.get("split") or {"fit": [], "held_out": []},
         "search": _search(verdict),
         "controls": _controls(verdict),
+        "trust": trust(verdict, shipped_calibration()),
         "cost": _cost(verdict.cost),
         "thresholds": settings((verdict.recipe.get("config") or {}).get("criteria") or {}, THRESHOLDS),
     }
@@ -290,6 +294,27 @@ def _controls(verdict: Verdict) -> dict[str, str]:
         f"confidence that can be claimed is n/(n + 1) = {number(100 * drawn / (drawn + 1))}%."
     )
     return found
+
+
+def trust(verdict: Verdict, calibration: Calibration | None) -> dict[str, str]:
+    """How often the gate is wrong, as measured on the organism, and where this verdict was reached in another way."""
+    if calibration is None:
+        return {"error rates": "not measured: no calibration comes with this version"}
+    wrong, found = calibration.false_positives, calibration.detection
+    used, known = verdict.recipe.get("config") or {}, calibration.recipe["config"]["gate"]
+    other = [
+        name
+        for name, value in known.items()
+        if name in used and name not in ANY and json.dumps(used[name]) != json.dumps(value)
+    ]
+    doubts = [f"it was measured on another model than {verdict.model}"] * (verdict.model != calibration.recipe["model"])
+    doubts += [f"this verdict was reached with other settings ({', '.join(other)})"] * bool(other)
+    said = {
+        "nonsense that passes": f"{wrong} (with 95% confidence at most {percent(wrong.upper)})",
+        "plants that are found": f"{found} (with 95% confidence at least {percent(found.lower)})",
+        "measured": "with dispositions calibrate, on the organism",
+    }
+    return said | ({"as far as it carries over": as_sentence(f"{'; '.join(doubts)}.")} if doubts else {})
 
 
 def _cost(cost: Mapping[str, Any]) -> dict[str, str]:

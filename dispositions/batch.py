@@ -18,15 +18,13 @@ from tqdm.auto import tqdm
 
 from analysis.batch import Cell, Matrix
 from analysis.batch_report import write_batch_report
-from analysis.calibration import RESULT as CALIBRATION
-from analysis.calibration import Calibration, open_calibration
+from analysis.calibration import Calibration, open_calibration, shipped_calibration
 from analysis.report import write_report
 from dispositions.asked import Device, Dtype
 from dispositions.cells import PAGE, RESULT, Problem, Record, Seen, attempt, forget_error, judge, known_recipe
 from dispositions.runs import checked, model_slug, slug
 from probes.behaviors import Behavior, check_vocabulary, read_behavior
 from probes.criteria import Verdict, open_verdict
-from probes.damage import DATA
 from probes.errors import WrongInput
 from probes.gate import GateConfig
 from probes.model import ORGANISMS, HybridModel, load
@@ -121,10 +119,7 @@ class Batch:
         return [replace(self.gate, site=name) for name in found]
 
     def _calibration(self) -> Calibration | None:
-        shipped = DATA / CALIBRATION
-        if self.calibration is not None:
-            return open_calibration(self.calibration)
-        return open_calibration(shipped) if shipped.is_file() else None
+        return shipped_calibration() if self.calibration is None else open_calibration(self.calibration)
 
     def _cells(self, tasks: Sequence[Task], record: Record) -> Iterator[Cell]:
         """Every cell in order. A model is loaded when the first of its cells needs it, and dropped after its last."""

@@ -12,6 +12,8 @@ from pages import Page, assert_browser_draws, assert_shown_and_not_obeyed, asser
 from test_verdicts import NAMES, TOPICS, classifier, complete, first_version, judging, sample, verdict_of
 
 from analysis import figures, report
+from analysis.calibration import Calibration
+from analysis.report import trust
 from analysis.words import number
 from probes.criteria import GateCriteria, Verdict, open_verdict
 
@@ -273,3 +275,27 @@ def test_report_is_whole_or_absent(tmp_path, monkeypatch):
 def test_a_browser_draws_every_figure_without_a_network(name, tmp_path):
     path = report.write_report(sample(name), tmp_path / "report.html")
     assert_browser_draws(path, tmp_path, NAMES)
+
+
+def test_the_page_says_how_often_the_gate_is_wrong_and_what_that_rests_on():
+    verdict = sample("PASS")
+    rows = tuple(case(truth, i) for truth, n in (("null", 100), ("planted", 20)) for i in range(n))
+    gate = {**verdict.recipe["config"], "site": "gdn.state", "seed": 7, "phase": "prefill", "doses": (1, 2)}
+    known = Calibration(rows=rows, recipe={"model": verdict.model, "config": {"gate": gate}})
+    assert trust(verdict, known) == {
+        "nonsense that passes": "1 of 100 (with 95% confidence at most 4.7%)",
+        "plants that are found": "20 of 20 (with 95% confidence at least 86%)",
+        "measured": "with dispositions calibrate, on the organism",
+    }
+    other = replace(
+        verdict, model="another", recipe={"config": {**gate, "phase": "decode", "doses": [1, 2], "criteria": {}}}
+    )
+    assert trust(other, known)["as far as it carries over"] == (
+        "It was measured on another model than another; this verdict was reached with other settings (criteria, phase)."
+    )
+    assert trust(verdict, None) == {"error rates": "not measured: no calibration comes with this version"}
+
+
+def case(truth, i):
+    passed = truth == "planted" or i == 50
+    return {"truth": truth, "working": truth == "planted", "verdict": "PASS" if passed else "FAIL"}
