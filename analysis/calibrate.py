@@ -51,6 +51,7 @@ Truth = Literal["null", "planted"]
 SITES = ("resid", "gdn.state", "attn.heads")
 STRENGTHS = (1.0, 1.5, 2.0, 3.0)  # of rank-1 plants; at the last the personas do what a behaviour's own ones do
 SHARES = (0.25, 0.5, 1.0)  # of what training changed
+BY_CASE = ("site", "seed", "direction", "shuffle_labels", "heads", "rank")  # of the gate's settings
 CASES = "cases.jsonl"
 
 
@@ -66,10 +67,15 @@ class CalibrationConfig:
     jobs: int = 2
     """Cases that run side by side, each in a process with a thread of its own."""
     gate: GateConfig = field(default_factory=GateConfig)
-    """The gate that is measured. Site, seed and kind of direction are set by each case."""
+    """The gate that is measured. Site, seed and kind of direction are each case's own."""
 
     def __post_init__(self) -> None:
         check_ranges(self, {"seeds": (1, 1000), "steps": (1, 100000), "jobs": (1, 256)})
+        plain = GateConfig()
+        if own := [name for name in BY_CASE if getattr(self.gate, name) != getattr(plain, name)]:
+            raise WrongInput(f"{', '.join(own)} cannot be chosen for a calibration: each case has its own")
+        if self.gate.form != plain.form:
+            raise WrongInput(f"form '{self.gate.form}' is for states alone, and a calibration judges all sites")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,6 +135,16 @@ def cases(config: CalibrationConfig) -> list[Case]:
             for flipped in (False, True)
         ]
     )
+    kinds.append(  # in attention heads nothing can be planted: the organism's dispositions lie in its states
+        [
+            Case(
+                kind="planted by a rank-1 edit", truth="planted", strength=STRENGTHS[-1], site="gdn.state", seed=0,
+                recipe=_recipe("crossed", pair, 300, flipped),
+            )
+            for pair in pairs
+            for flipped in (False, True)
+        ]
+    )  # fmt: skip
     for strength in STRENGTHS:
         last = strength == STRENGTHS[-1]
         kinds.append(
@@ -212,6 +228,8 @@ def _finished(folder: Path, asked: Mapping[str, Any]) -> list[dict[str, Any]]:
     path = folder / CASES
     if not path.is_file():
         return []
+    if not path.stat().st_size:  # nothing was finished
+        return []
     known = (folder / RECIPE).is_file()
     difference = recipe_differs(read_json(folder / RECIPE), asked) if known else "it has none"
     if difference:
@@ -220,10 +238,16 @@ def _finished(folder: Path, asked: Mapping[str, Any]) -> list[dict[str, Any]]:
     whole = [line for line in lines[:-1] if line]
     if lines[-1]:
         write_text(path, "".join(f"{line}\n" for line in whole))
-    try:
-        return [json.loads(line) for line in whole]
-    except json.JSONDecodeError as error:
-        raise WrongInput(f"'{path}' is damaged: {error.msg}; remove it to begin again") from error
+    found = []
+    for number, line in enumerate(whole, 1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            row = None
+        if not isinstance(row, dict) or not set(ROW) <= set(row):
+            raise WrongInput(f"line {number} of '{path}' is not a case; remove the file to begin again")
+        found.append(row)
+    return found
 
 
 def _run(missing: Sequence[Case], config: CalibrationConfig, folder: Path) -> Iterator[dict[str, Any]]:
@@ -269,6 +293,7 @@ class _Bench:
         behavior, config = self.subject(case)
         with self.planted(case):
             verdict = verify(self.model, behavior, config, others=self.others(case), progress=False)
+        verdict.save(self.folder / "verdicts" / f"{derived_seed(0, case.name):x}.json")
         return {**_row(case, verdict), "seconds": round(time.monotonic() - started, 1)}
 
     def subject(self, case: Case) -> tuple[Behavior, GateConfig]:
@@ -297,10 +322,17 @@ class _Bench:
                 yield
 
     def lesson(self, recipe: Recipe) -> Mapping[str, torch.Tensor]:
-        path = self.folder / "taught" / f"{derived_seed(0, str(recipe)):x}.safetensors"
+        what = f"{recipe}, {self.config.steps} steps, {self.model.weights_hash}"
+        path = self.folder / "taught" / f"{derived_seed(0, what):x}.safetensors"
         if not path.is_file():
             write_tensors(path, teach(self.model, recipe, steps=self.config.steps), {"recipe": str(recipe)})
         return read_tensors(path)
+
+
+ROW = (
+    "name", "kind", "truth", "behavior", "site", "seed", "strength", "taught", "working", "verdict", "layer", "dose",
+    "method", "shown", "percentile", "criteria", "seconds",
+)  # fmt: skip
 
 
 def _row(case: Case, verdict: Verdict) -> dict[str, Any]:
@@ -322,9 +354,13 @@ def _kept(criterion: Criterion) -> dict[str, Any]:
 
 
 def _percentile(verdict: Verdict) -> float:
-    """The percentile of |control effects| that the target lies above, in the kind that is hardest to exceed."""
-    effect, found = verdict.controls["target"]["value"], []
-    for rows in verdict.controls["kinds"].values():
+    """Where the target ranks among the controls of the kind that is hardest to exceed, itself counted, in percent.
+
+    Of unrelated behaviours, which are few, all have to stay below it: 100 or 0.
+    """
+    effect, found = min(verdict.controls["target"]["value"], verdict.evidence["effect"]["value"]), [100.0]
+    for kind, rows in verdict.controls["kinds"].items():
+        above = sum(abs(row["effect"]) >= effect for row in rows)
         if rows:
-            found.append(100 * sum(abs(row["effect"]) < effect for row in rows) / len(rows))
+            found.append(100 * (above == 0) if kind == "unrelated" else 100 * (1 - (above + 1) / (len(rows) + 1)))
     return min(found)

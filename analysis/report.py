@@ -46,7 +46,8 @@ THRESHOLDS = {
     "repetition": "8: largest rise of the share of repeated trigrams",
     "min_prompts": "0: fewest held-out prompts to decide on",
     "min_groups": "0: fewest held-out topic groups to decide on",
-    "min_controls": "5: fewest controls of each drawn kind",
+    "min_controls": "5, 6: fewest controls of each drawn kind",
+    "min_control_prompts": "5, 6: fewest prompts that controls are run on",
     "min_tokens": "8: fewest scored tokens of ordinary text",
     "min_answers": "8: fewest free answers",
 }

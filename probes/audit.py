@@ -132,14 +132,18 @@ def audit(behavior: Behavior, *, seed: int = 0) -> Audit:
 def length_auroc(behavior: Behavior, *, seed: int = 0) -> tuple[Estimate, Estimate]:
     """How well the number of words tells wanted from unwanted: AUROC of (prompts, answers); 0.5 is not at all.
 
-    Above 0.5 the wanted side is longer. The prompts of an item differ in the persona alone, so its words are counted;
-    without personas the prompts are the same and the AUROC is 0.5. Intervals over topic groups.
+    Above 0.5 the wanted side is longer: of two that are drawn from all items, or of the two of one item, whichever
+    tells more (a few words more on every item are much within pairs, and little in all). The prompts of an item differ
+    in the persona alone, so its words are counted; without personas the prompts are the same and the AUROC is 0.5.
+    Intervals over topic groups.
     """
     groups = [item.group for item in behavior.items]
 
     def found(text: Callable[[Item, Side], str]) -> Estimate:
         one, other = ([len(text(item, side).split()) for item in behavior.items] for side in _SIDES)
-        return stats.auroc(one, other, groups, seed=seed)
+        within = [0.5 + 0.5 * ((a > b) - (a < b)) for a, b in zip(one, other, strict=True)]
+        among = stats.auroc(one, other, groups, seed=seed)
+        return max(among, stats.mean(within, groups, seed=seed), key=lambda area: abs(area.value - 0.5))
 
     return found(_persona), found(_answer)
 

@@ -20,7 +20,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from probes.behavior_files import CARD_TEXTS, checked_card, checked_item, parse
 from probes.behavior_files import read_dialogue as read_dialogue
@@ -54,6 +54,11 @@ class Item:
             raise WrongInput(f"item {self.id} has no persona turns")
         system = self.persona[persona] if persona and self.persona else None
         return render(model, self.messages, system=system, direction=self.direction)
+
+    @property
+    def wording(self) -> str:
+        """Both persona turns as one text; empty without personas. Items with equal ones share their persona turns."""
+        return "\n".join(self.persona[side] for side in get_args(Side)) if self.persona else ""
 
     def judge(self, answer: str) -> Literal["wanted", "unwanted", "neither"]:
         """Classify a free answer by the patterns that matched on each side.

@@ -40,7 +40,7 @@ class GateCriteria:
     min_doses: int = 5
     """4: fewest doses in that window, both signs among them."""
     control_percentile: float = 95.0
-    """5: the target effect has to lie above this percentile of every kind of control."""
+    """5, 6: the target has to lie above this percentile of every drawn kind of control, itself counted among them."""
     specificity: float = 0.5
     """7: largest effect on any other shipped behaviour, as a share of the effect on its own."""
     perplexity_ratio: float = 1.5
@@ -55,7 +55,9 @@ class GateCriteria:
     min_groups: int = 5
     """Fewest held-out topic groups to decide on."""
     min_controls: int = 20
-    """Fewest controls of each drawn kind (random, shuffled labels)."""
+    """5, 6: fewest controls of each drawn kind (random, shuffled labels)."""
+    min_control_prompts: int = 12
+    """5, 6: fewest prompts that controls are run on."""
     min_tokens: int = 100
     """Fewest scored tokens of general text."""
     min_answers: int = 8
@@ -80,6 +82,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "min_prompts": (2, math.inf),
     "min_groups": (2, math.inf),
     "min_controls": (1, math.inf),
+    "min_control_prompts": (2, math.inf),
     "min_tokens": (1, math.inf),
     "min_answers": (1, math.inf),
 }

@@ -26,6 +26,7 @@ from probes.prompts import Batch, answer_ids, batches, render
 from probes.scoring import CHUNK, log_probs, logits_at
 from probes.store import read_text
 
+LONG_WORD = 20  # characters; longer ones are hardly words
 DATA = Path(__file__).parent / "data"
 GENERAL = ("general-en.txt", "general-organism.jsonl")
 LEAST = 6  # texts: some to choose the dose on, others to judge it
@@ -186,7 +187,15 @@ def text_batches(
 
 
 def repetition(text: str) -> float:
-    """Share of word trigrams that occurred before in the same text: 0 for fresh text, near 1 for a loop."""
-    words = text.split()
-    grams = [tuple(words[i : i + 3]) for i in range(len(words) - 2)]
+    """Share of word trigrams that occurred before in the same text: 0 for fresh text, near 1 for a loop.
+
+    A loop may know no spaces ("!!!!"), so words that are longer than any are looked at by their characters.
+    """
+    found = [_repeated(text.split(), 3)]
+    found += [_repeated(word, 3) for word in text.split() if len(word) > LONG_WORD]
+    return max(found)
+
+
+def _repeated(parts: Sequence[str], n: int) -> float:
+    grams = [tuple(parts[i : i + n]) for i in range(len(parts) - n + 1)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0

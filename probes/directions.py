@@ -136,7 +136,7 @@ def whitened(pairs: Pairs, *, seed: int = 0) -> Direction:
 
 
 def split_half(pairs: Pairs, raw: Raw = mean_of, *, times: int = SPLITS, seed: int = 0) -> Estimate:
-    """Cosine of the directions from two random halves of the groups, stepped up by Spearman-Brown.
+    """Mean cosine of the directions from two random halves of the groups, stepped up by Spearman-Brown.
 
     The interval covers the choice of halves, over `times` splits.
     """
@@ -145,9 +145,9 @@ def split_half(pairs: Pairs, raw: Raw = mean_of, *, times: int = SPLITS, seed: i
         half = split_groups(pairs.groups, rng)
         a, b = (raw(pairs.where(part)).double() for part in (half, ~half))
         scale = float(a.norm() * b.norm())
-        return spearman_brown(float(a @ b) / scale) if scale else 0.0
+        return float(a @ b) / scale if scale else 0.0
 
-    value, lower, upper = repeated(agreement, times=times, seed=seed)
+    value, lower, upper = map(spearman_brown, repeated(agreement, times=times, seed=seed))
     n, groups = len(pairs.groups), len(set(pairs.groups))
     return Estimate(value=value, lower=lower, upper=upper, n=n, groups=groups, seed=seed)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from probes import stats
 from probes.behaviors import Behavior
 from probes.criteria import Criterion, GateCriteria, Outcome, Status, intact
 
@@ -34,9 +35,13 @@ def judge(evidence: Evidence, rules: GateCriteria) -> tuple[Criterion, ...]:
 
 
 def control_threshold(controls: Mapping[str, Any]) -> tuple[float, str]:
-    """The bar that the target has to clear: the highest, over kinds, of the given percentile of |effect|."""
+    """The bar that the target has to clear, and the kind of control that sets it.
+
+    Of drawn directions so many stay below it that one of their own kind would clear it with 1 - percentile, itself
+    counted (`stats.null_bar`: with 20 draws and 95%, all of them). Unrelated behaviours are few and named: all do.
+    """
     bars = {
-        kind: float(np.percentile([abs(row["effect"]) for row in rows], controls["percentile"]))
+        kind: stats.null_bar([abs(row["effect"]) for row in rows], confidence=_confidence(kind, controls))
         for kind, rows in controls["kinds"].items()
         if rows
     }
@@ -44,6 +49,10 @@ def control_threshold(controls: Mapping[str, Any]) -> tuple[float, str]:
         return math.nan, "none"
     worst = max(bars, key=lambda kind: bars[kind])
     return bars[worst], worst
+
+
+def _confidence(kind: str, controls: Mapping[str, Any]) -> float:
+    return 1.0 if kind == "unrelated" else controls["percentile"] / 100
 
 
 def _line(
@@ -124,6 +133,7 @@ def _reliability(evidence: Evidence, rules: GateCriteria) -> Criterion:
 
 def _decodability(evidence: Evidence, rules: GateCriteria, enough: bool) -> tuple[Criterion, ...]:
     auroc, gain = evidence["decodability"]["auroc"], evidence["decodability"]["selectivity"]
+    words = "and persona turns" if evidence["decodability"]["crossed"] else "(but not on unseen persona turns)"
     return (
         _line(
             2,
@@ -132,7 +142,7 @@ def _decodability(evidence: Evidence, rules: GateCriteria, enough: bool) -> tupl
             auroc,
             threshold=rules.auroc,
             rule="AUROC, lower end >=",
-            meaning="On unseen topics the direction tells the two sides apart.",
+            meaning=f"On unseen topics {words} such a direction tells the two sides apart.",
         ),
         _line(
             2,
@@ -142,7 +152,7 @@ def _decodability(evidence: Evidence, rules: GateCriteria, enough: bool) -> tupl
             threshold=rules.selectivity,
             rule="AUROC above shuffled labels >=",
             n=auroc["n"],
-            meaning="Directions from shuffled labels do so less, on either side.",
+            meaning="Directions from shuffled labels, without their share of the target, do so less, on either side.",
         ),
     )
 
@@ -157,7 +167,7 @@ def _effect(evidence: Evidence, rules: GateCriteria, enough: bool) -> tuple[Crit
             effect,
             threshold=0.0,
             rule="nats, lower end >",
-            meaning="Adding the direction makes the wanted answer more likely on unseen topics.",
+            meaning="Adding the direction moves the odds of wanted against unwanted answers up, on unseen topics.",
         ),
         _line(
             3,
@@ -203,11 +213,14 @@ def _controls(evidence: Evidence, rules: GateCriteria, enough: bool) -> Criterio
     return _line(
         5,
         "controls",
-        _status(min(effect["value"], same["value"]) > bar, enough and drawn >= rules.min_controls),
+        _status(
+            min(effect["value"], same["value"]) > bar,
+            enough and drawn >= rules.min_controls and same["n"] >= rules.min_control_prompts,
+        ),
         effect,
         threshold=bar,
-        rule=f"nats ({same['value']:.2f} on the controls' {same['n']} prompts), above the "
-        f"{rules.control_percentile:g}th percentile of |effect| ({worst}) >",
+        rule=f"nats ({same['value']:.2f} on the controls' {same['n']} prompts), more than any unrelated direction and "
+        f"{rules.control_percentile:g}% of the drawn ones (most: {worst}) >",
         n=sum(len(rows) for rows in kinds.values()),
         meaning="Directions of equal length that mean nothing, or something else, do less.",
     )
@@ -220,11 +233,15 @@ def _necessity(evidence: Evidence, rules: GateCriteria) -> Criterion:
         rule = "no held-out prompt shows the behaviour"
         return _line(6, "necessity", "inconclusive", math.nan, rule=rule, meaning=meaning)
     drop, same = found["drop"], found["beside"]
-    bar = float(np.percentile(np.abs(found["random_drops"]), rules.control_percentile))
+    drawn = found["random_drops"]
+    bar = stats.null_bar([abs(lost) for lost in drawn], confidence=rules.control_percentile / 100)
     return _line(
         6,
         "necessity",
-        _status(drop["lower"] > 0 and min(drop["value"], same["value"]) > bar, _enough(drop, rules)),
+        _status(
+            drop["lower"] > 0 and min(drop["value"], same["value"]) > bar,
+            _enough(drop, rules) and len(drawn) >= rules.min_controls and same["n"] >= rules.min_control_prompts,
+        ),
         drop,
         threshold=bar,
         rule=f"nats lost ({same['value']:.2f} on the controls' {same['n']} prompts), lower end > 0 and more than by "
@@ -237,7 +254,7 @@ def _specificity(evidence: Evidence, rules: GateCriteria, enough: bool) -> Crite
     rows, meaning = evidence["specificity"], "Behaviours that have nothing to do with it move much less."
     if not rows:
         rule = "no other shipped behaviour is in words that the model knows"
-        return _line(7, "specificity", "reported", math.nan, rule=rule, meaning=meaning)
+        return _line(7, "specificity", "inconclusive", math.nan, rule=rule, meaning=meaning)
     worst = max(rows, key=lambda row: abs(row["share"]["value"]))
     low, high = sorted((abs(worst["share"]["lower"]), abs(worst["share"]["upper"])))
     if worst["share"]["lower"] < 0 < worst["share"]["upper"]:
@@ -300,7 +317,15 @@ def _reported(evidence: Evidence) -> tuple[Criterion, ...]:
     rule = "nats" if isinstance(gain, dict) else "no personas, and no way to ask is known for its language"
     meaning = "What simply asking does, by a system turn, without any intervention."
     asked = _line(10, "prompt baseline", "reported", gain, rule=rule, meaning=meaning)
-    return (*phases, asked, *_elsewhere(evidence))
+    itself = _line(
+        3,
+        "wanted answer itself",
+        "reported",
+        evidence["wanted"],
+        rule="nats",
+        meaning="How far the wanted answer's own log-probability moves; the rest of the effect is the unwanted one's.",
+    )
+    return (*phases, asked, itself, *_elsewhere(evidence))
 
 
 def _elsewhere(evidence: Evidence) -> tuple[Criterion, ...]:
@@ -330,11 +355,12 @@ def sentence(
         effect, (bar, _) = evidence["effect"], control_threshold(evidence["controls"])
         moved, damage = float(np.mean([row["effect"] > 0 for row in evidence["prompts"]])), evidence["damage"]
         return (
-            f"adding the direction makes the wanted answer, where the model {behavior.wanted_means}, likelier on "
-            f"{moved:.0%} of {effect['n']} unseen prompts, by {effect['value']:.2f} nats on average; "
-            f"{rules.control_percentile:g}% of meaningless or unrelated directions of equal length stay below "
-            f"{bar:.2f}; taking it out weakens the behaviour; the perplexity of ordinary text changes by a factor of "
-            f"{damage['perplexity_ratio']:.2f} (limit {rules.perplexity_ratio:g})."
+            f"adding the direction moves the odds of the wanted answer, where the model {behavior.wanted_means}, "
+            f"against the unwanted one up on {moved:.0%} of {effect['n']} unseen prompts, by {effect['value']:.2f} "
+            f"nats on average; of equally long directions the unrelated ones, and {rules.control_percentile:g}% of the "
+            f"meaningless ones, do no more than {bar:.2f}; taking it out weakens the behaviour; the perplexity of "
+            f"ordinary text changes by a factor of {damage['perplexity_ratio']:.2f} (limit "
+            f"{rules.perplexity_ratio:g})."
         )
     if outcome == "FAIL":
         found = "; ".join(_shortcoming(c, evidence, rules) for c in criteria if c.status == "fail")
@@ -347,9 +373,9 @@ SHORTCOMINGS = {
     "length: answers": "the answers of one side are longer, so that what was found may be length",
     "specificity": "it moves another behaviour as well",
     "reliability": "two halves of the topics give different directions",
-    "decodability": "it is not shown to tell the two sides apart on unseen topics",
+    "decodability": "it is not shown to tell the two sides apart on what it was not made from",
     "selectivity": "directions from shuffled labels tell the sides apart nearly as well",
-    "effect": "adding it is not shown to make the wanted answers likelier",
+    "effect": "adding it is not shown to make the wanted answers likelier than the unwanted ones",
     "wrong way": "too many prompts move the wrong way",
     "dose-response": "more of it does not steadily do more",
     "controls": "meaningless or unrelated directions do as much",
@@ -375,10 +401,16 @@ def _missing(criteria: Sequence[Criterion], evidence: Evidence, rules: GateCrite
             f"{counts['prompts']} held-out prompts in {counts['groups']} topic groups, where {rules.min_prompts} in "
             f"{rules.min_groups} are needed"
         )
-    elif "necessity" in undecided:
+    elif not (necessary := evidence["necessity"]) or not _enough(necessary["drop"], rules):
         found.append("too few held-out prompts on which the model shows the behaviour, so it cannot be taken out")
+    elif (drawn := len(necessary["random_drops"])) < rules.min_controls:
+        found.append(f"{drawn} random directions taken out, where {rules.min_controls} are needed")
+    if "specificity" in undecided and not evidence["specificity"]:
+        found.append("no other behaviour in words that the model knows, so it may be about anything")
     if _drawn(evidence) < rules.min_controls:
         found.append(f"{_drawn(evidence)} controls of each drawn kind, where {rules.min_controls} are needed")
+    if (run := evidence["controls"]["target"]["n"]) < rules.min_control_prompts:
+        found.append(f"controls on {run} prompts, where {rules.min_control_prompts} are needed")
     if "damage: perplexity" in undecided:
         found.append(f"{evidence['damage']['tokens']} tokens of ordinary text, where {rules.min_tokens} are needed")
     if "damage: repetition" in undecided:

@@ -22,19 +22,19 @@ from probes.cost import Cost
 from probes.criteria import intact
 from probes.damage import General, repetition
 from probes.directions import Direction, mean_difference
-from probes.extraction import Raw
 from probes.free import Asked, free_answers
 from probes.gate import GateConfig
 from probes.model import HybridModel
 from probes.ood import out_of_distribution
 from probes.pairs import Pairs, contrast
 from probes.propensity import Propensity, prepare
-from probes.search import Candidate
+from probes.search import FOLDS, Candidate, Way
 from probes.steering import PHASES, Phase
 from probes.texts import Texts
 from probes.trials import How, Trial, Trials, start_of
 
 DOSE_TEXTS = 12  # general texts behind each point of the dose curve; the working dose is judged on all of them
+MIN_WORDINGS = 6  # persona turns of which some can be held out
 UNRELATED = 32  # items of another behaviour that its own direction is made from
 LEAST_CONTROLS, MOST_CONTROLS = 5, 500  # what a budget may make of the number of controls
 
@@ -45,7 +45,7 @@ class Question:
 
     Attributes:
         fit, judged: the topics that everything was chosen on, and those that decide.
-        pairs: both sides on the fit split, at the direction's layer. null: what shuffled labels go through.
+        pairs: both sides on the fit split, at the direction's layer. way: how the direction was made of them.
         by_method: each method's best candidate of the search, for a look beside the one that is judged.
         others: behaviours that should not move. scorer: says on which side a free answer is.
         deadline: on time.monotonic's clock; None for none.
@@ -57,7 +57,7 @@ class Question:
     direction: Direction
     dose: float
     pairs: Pairs
-    null: Raw
+    way: Way
     by_method: Sequence[Candidate]
     others: Sequence[Behavior]
     general: General
@@ -125,8 +125,9 @@ class _Held:
         )
         whole = Texts(self.model, self.asked.general, starts=starts, reuse=self.config.reuse, cost=self.cost)
         edits = [push for push in pushes if push[1]]  # at dose 0 nothing is run
-        found = iter(self.trials.effects([Trial(pushes=(push,)) for push in edits], self.how()))
-        effects = {dose: next(found) if dose else tuple(0.0 for _ in self.base.ids) for dose in doses}
+        scored = self.trials.scores([Trial(pushes=(push,)) for push in edits], self.how())
+        steered = {dose: score for (_, dose), score in zip(edits, scored, strict=True)} | {0.0: self.base}
+        effects = {dose: steered[dose].minus(self.base) for dose in doses}
         ratios = iter(sample.ratios(edits, self.how()))
         rows, curve = [], []
         for dose in doses:
@@ -153,6 +154,8 @@ class _Held:
             for i, g, b, e in zip(self.base.ids, self.base.groups, self.base.values, self.target, strict=True)
         ]
         self.evidence["effect"] = self.mean(self.target)
+        wanted = zip(steered[self.dose].wanted, self.base.wanted, strict=True)
+        self.evidence["wanted"] = self.mean([after - before for after, before in wanted])
         self.evidence["wrong_way"] = self.wrong_way(self.base, self.target)
         self.evidence["damage"] = asdict(whole.damage((self.direction, self.dose), self.how()))
         self.tick("doses")
@@ -176,6 +179,7 @@ class _Held:
                 "working": mode == self.config.mode,
             }
             for mode in ("add", "ablate", "clamp", "rotate")
+            if not (mode == "rotate" and self.config.form == "initial")  # an empty state cannot be turned
         ]
         self.tick("modes")
         several = len(self.asked.by_method)
@@ -284,9 +288,13 @@ class _Held:
         }  # fmt: skip
         areas: list[float] = []
         for i in self.rounds():
-            drawn = [random_direction(self.direction, seed=self.draw("control", j)) for j in i]
+            drawn = [
+                centred(random_direction(self.direction, seed=self.draw("control", j)), self.asked.pairs) for j in i
+            ]
             shuffled = [
-                shuffled_direction(self.asked.pairs, self.direction, seed=self.draw("control", j), raw=self.asked.null)
+                shuffled_direction(
+                    self.asked.pairs, self.direction, seed=self.draw("control", j), raw=self.asked.way.null
+                )
                 for j in i
             ]
             effects["random"] += self.pushed(beside, drawn)
@@ -299,9 +307,34 @@ class _Held:
             "target": self.among(known, beside),
         }  # fmt: skip
         null = [max(area, 1 - area) for area in areas]  # a shuffled direction has no sign: either end separates
-        area = stats.auroc(*held.scores(self.direction.vector), held.groups, seed=self.seed)
+        *scores, crossed = self.unseen(held)
+        area = stats.auroc(*scores, held.groups, seed=self.seed)
         selectivity = area.value - float(np.mean(null))
-        self.evidence["decodability"] = {"auroc": area.as_dict(), "shuffled": null, "selectivity": selectivity}
+        self.evidence["decodability"] = {
+            "auroc": area.as_dict(), "shuffled": null, "selectivity": selectivity, "crossed": crossed,
+        }  # fmt: skip
+
+    def unseen(self, held: Pairs) -> tuple[list[float], list[float], bool]:
+        """Where both sides of the held-out pairs lie, and whether along directions that knew no persona turn of theirs.
+
+        The topics are held out, but persona turns come again with every topic. So for each of a few parts of them a
+        direction is made in the same way from the fit split's other ones, and its scale is set to its own two sides.
+        """
+        fit = self.asked.pairs
+        names = sorted({*fit.wordings, *held.wordings})
+        if len(names) < MIN_WORDINGS:
+            return *held.scores(self.direction.vector), False
+        order = np.random.default_rng(self.draw("wordings", 0)).permutation(len(names)) % FOLDS
+        part = dict(zip(names, order.tolist(), strict=True))
+        found = np.zeros((2, len(held.groups)))
+        for fold in range(FOLDS):
+            own = np.array([part[words] == fold for words in held.wordings])
+            rest = fit.where(np.array([part[words] != fold for words in fit.wordings]))
+            if not own.any() or rest.equal:  # nothing to tell the sides apart by
+                continue
+            one = self.asked.way.extract(rest)
+            found[:, own] = (np.array(held.where(own).scores(one.vector)) - one.midpoint) / (one.gap or 1.0)
+        return found[0].tolist(), found[1].tolist(), True
 
     def rounds(self) -> Iterator[range]:
         """Which controls to run next: all that were asked for, or with a budget as many as there is time for."""

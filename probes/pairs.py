@@ -42,6 +42,8 @@ class Pairs:
     site: str = "resid"
     shape: tuple[int, ...] = ()
     heads: tuple[int, ...] | None = None
+    wordings: tuple[str, ...] = ()
+    """The persona turns of each pair (`Item.wording`); empty where they are not known."""
 
     @property
     def differences(self) -> Float[Tensor, "prompt feature"]:
@@ -66,7 +68,8 @@ class Pairs:
         """The pairs at which a mask is true."""
         index = torch.from_numpy(np.flatnonzero(mask))
         groups = tuple(group for group, kept in zip(self.groups, mask, strict=True) if kept)
-        return replace(self, wanted=self.wanted[index], unwanted=self.unwanted[index], groups=groups)
+        wordings = tuple(words for words, kept in zip(self.wordings, mask, strict=False) if kept)
+        return replace(self, wanted=self.wanted[index], unwanted=self.unwanted[index], groups=groups, wordings=wordings)
 
     def only(self, heads: Sequence[int]) -> Pairs:
         """The pairs with every other head set to zero, so that whatever is made from them lives in these heads.
@@ -141,13 +144,14 @@ def contrasts(
     prompts = [_sided(model, item, side, kind) for side in sides for item in behavior.items]
     record = capture(model, prompts, sites=tuple(plan), layers=plan, positions=positions, progress=progress)
     n, groups = len(behavior.items), tuple(item.group for item in behavior.items)
+    wordings = tuple(item.wording for item in behavior.items) if kind == "persona" else ()
     result: dict[str, dict[int, Pairs]] = {site: {} for site in plan}
     for site, layer in ((site, layer) for site, chosen in plan.items() for layer in chosen):
         both = torch.as_tensor(record[site, layer]).float()
         flat = both.flatten(1)
         result[site][layer] = Pairs(
             layer=layer, wanted=flat[:n], unwanted=flat[n:], groups=groups, behavior=behavior.name, contrast=kind,
-            site=site, shape=tuple(both.shape[1:]),
+            site=site, shape=tuple(both.shape[1:]), wordings=wordings,
         )  # fmt: skip
     return result
 

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from scipy.stats import halfnorm
 
 from probes import stats
-from probes.controls import random_direction, shuffled_direction
+from probes.controls import centred, random_direction, shuffled_direction
 from probes.criteria import GateCriteria, intact
 from probes.directions import Direction
 from probes.extraction import Raw
@@ -265,7 +265,7 @@ def _auroc(both: Pairs, parts: Sequence[Direction], own: NDArray[np.int64]) -> f
 def _noise(both: Pairs, way: Way, direction: Direction, dose: float, effects: Effects, seed: int) -> dict[str, float]:
     """Mean |effect| of a few controls of each kind at one layer."""
     seeds = [stats.derived_seed(seed, f"search layer {direction.layer}", i) for i in range(CONTROLS)]
-    drawn = [random_direction(direction, seed=one) for one in seeds]
+    drawn = [centred(random_direction(direction, seed=one), both) for one in seeds]
     shuffled = [shuffled_direction(both, direction, seed=one, raw=way.null) for one in seeds]
     values = np.abs([np.mean(one) for one in effects([Trial.of(control, dose) for control in [*drawn, *shuffled]])])
     return {

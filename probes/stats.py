@@ -188,8 +188,8 @@ def _rank_correlations(x: Sequence[float], rows: Floats) -> Floats:
 
 
 def spearman_brown(correlation: float) -> float:
-    """Reliability of the whole from the agreement of its halves."""
-    return 2 * correlation / (1 + correlation) if correlation > -1 else -math.inf
+    """Reliability of the whole from the agreement of its halves; -1 at the least, since the step is meant for more."""
+    return max(2 * correlation / (1 + correlation), -1.0) if correlation > -1 else -1.0
 
 
 def split_groups(groups: Sequence[str], rng: np.random.Generator) -> NDArray[np.bool_]:

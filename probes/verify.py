@@ -169,7 +169,9 @@ class _Gate:
 
     def methods(self) -> tuple[Method | str, ...]:
         if self.config.direction == "auto":
-            return methods_at(self.config.site)
+            found = methods_at(self.config.site)
+            # The first axis of differences has no sign of its own: shuffled labels leave it where it was.
+            return tuple(one for one in found if one != "pca") if self.config.shuffle_labels else found
         return (self.config.direction,)
 
     def way(self, method: Any) -> Way:
@@ -223,7 +225,7 @@ class _Gate:
         return Question(
             behavior=self.behavior, fit=self.fit,
             judged=self.held.take(config.prompts, seed=config.seed),
-            direction=self.reliable(best.direction, both, way), dose=best.dose, pairs=both, null=way.null,
+            direction=self.reliable(best.direction, both, way), dose=best.dose, pairs=both, way=way,
             by_method=by_method, others=self.others, general=self.general, scorer=self.scorer, config=config,
             deadline=self.deadline,
         )  # fmt: skip
@@ -240,14 +242,8 @@ class _Gate:
 
 
 def unrelated_behaviors(model: HybridModel, behavior: Behavior) -> list[Behavior]:
-    """The other shipped behaviours that are written in the same language, in words that the model knows."""
-    found = [read_behavior(name) for name in shipped_behaviors()]
-    return [
-        other
-        for other in found
-        if other.name != behavior.name
-        and other.hash != behavior.hash
-        and other.language == behavior.language
-        and other.has_persona
-        and knows_words(model, other)
-    ]
+    """The other shipped behaviours in words that the model knows: those in the same language, or else in any."""
+    shipped = [read_behavior(name) for name in shipped_behaviors()]
+    others = (other for other in shipped if other.name != behavior.name and other.hash != behavior.hash)
+    found = [other for other in others if other.has_persona and knows_words(model, other)]
+    return [other for other in found if other.language == behavior.language] or found

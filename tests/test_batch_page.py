@@ -143,7 +143,7 @@ def calibration(passed: int, n: int) -> Calibration:
         {"truth": "null", "verdict": "PASS" if i < passed else "FAIL", "working": False, "criteria": []}
         for i in range(n)
     ]
-    return Calibration(rows=tuple(rows), recipe={}, seconds=1.0)
+    return Calibration(rows=tuple(rows), recipe={})
 
 
 @pytest.fixture

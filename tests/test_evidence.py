@@ -48,9 +48,10 @@ def passing_evidence():
         "counts": {"prompts": 60, "groups": 6, "controls": 20},
         "length": {"prompts": numbers(0.6), "answers": numbers(0.45)},
         "direction": {"reliability": numbers(0.95)},
-        "decodability": {"auroc": numbers(0.95, 0.9, 1.0), "selectivity": 0.4},
+        "decodability": {"auroc": numbers(0.95, 0.9, 1.0), "selectivity": 0.4, "crossed": True},
         "effect": numbers(1.0),
         "wrong_way": numbers(0.1, 0.02, 0.2),
+        "wanted": numbers(0.4),
         "prompts": [{"effect": 1.0}] * 60,
         "dose_response": {"doses": [-1, -0.5, 0, 0.5, 1], "spearman": numbers(1.0)},
         "controls": {
@@ -58,7 +59,7 @@ def passing_evidence():
             "percentile": 95.0,
             "target": numbers(1.1, n=16),
         },
-        "necessity": {"drop": numbers(1.0), "beside": numbers(1.1, n=16), "random_drops": [0.1] * 10},
+        "necessity": {"drop": numbers(1.0), "beside": numbers(1.1, n=16), "random_drops": [0.1] * 20},
         "specificity": [
             {"name": "hedging", "effect": numbers(-0.3), "share": numbers(-0.3, -0.45, -0.15)},
             {"name": "sentiment", "effect": numbers(0.1), "share": numbers(0.1, -0.05, 0.2)},

@@ -101,6 +101,7 @@ def complete(*, strength: float = 1.0, prompts: int = 48) -> dict[str, Any]:
         ],
         "effect": estimate(effects),
         "wrong_way": wrong(effects),
+        "wanted": estimate(0.4 * effects),
         "methods": [
             {
                 "method": method, "layer": layer, "dose": dose, "searched": numbers(*seen, 24), "bar": 0.44,
@@ -133,7 +134,7 @@ def complete(*, strength: float = 1.0, prompts: int = 48) -> dict[str, Any]:
             "percentile": 95.0, "target": estimate(effects[:16]),
         },
         "decodability": {
-            "auroc": numbers(0.97, 0.94, 0.99, prompts), "selectivity": 0.46,
+            "auroc": numbers(0.97, 0.94, 0.99, prompts), "selectivity": 0.46, "crossed": True,
             "shuffled": rng.uniform(0.35, 0.66, 20).tolist(),
         },
         "phases": [
@@ -147,7 +148,7 @@ def complete(*, strength: float = 1.0, prompts: int = 48) -> dict[str, Any]:
         "necessity": {
             "where": "wanted persona", "before": estimate(plain + 5), "drop": estimate(1.7 * effects),
             "beside": estimate(1.7 * effects[:16]),
-            "random_drops": rng.normal(0, 0.2, 10).tolist(),
+            "random_drops": rng.normal(0, 0.2, 20).tolist(),
         },
         "baseline": {
             "persona": {
