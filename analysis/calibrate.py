@@ -31,6 +31,7 @@ from probes.criteria import Criterion, Verdict
 from probes.errors import WrongInput, check_ranges
 from probes.gate import GateConfig
 from probes.model import load
+from probes.sites import resolve
 from probes.stats import derived_seed
 from probes.store import (
     RECIPE,
@@ -196,8 +197,10 @@ def calibrate(
         WrongInput: `out` holds cases of another recipe, or a damaged line.
     """
     folder, asked = Path(out), recipe(config)
-    folder.mkdir(parents=True, exist_ok=True)
     wanted = {case.name: case for case in cases(config)}
+    for site in {case.site for case in wanted.values()}:
+        resolve(load("organism"), site, config.gate.layers)  # refused before anything is written
+    folder.mkdir(parents=True, exist_ok=True)
     rows = {row["name"]: row for row in _finished(folder, asked)}
     write_json(folder / RECIPE, asked)
     missing = [case for name, case in wanted.items() if name not in rows]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -72,6 +72,10 @@ class Calibration:
         """Seconds that all cases took, each on a core of its own, whether or not the run was interrupted."""
         return sum(row["seconds"] for row in self.rows)
 
+    def at(self, site: str) -> Calibration:
+        """The cases at one site."""
+        return replace(self, rows=tuple(row for row in self.rows if row["site"] == site))
+
     @property
     def nulls(self) -> list[Row]:
         return [row for row in self.rows if row["truth"] == "null"]
@@ -96,17 +100,22 @@ class Calibration:
         return wrong.value <= MOST_WRONG and wrong.upper <= MOST_WRONG_UPPER and found.value >= LEAST_FOUND
 
     def by_kind(self) -> pd.DataFrame:
-        """A row for each kind of case, site and strength: cases, passes, and what fails the others most."""
+        """A row for each kind of case, site and strength: cases, passes, and what fails the others most.
+
+        `bound` is what the share of passes lies beyond with 95% confidence: of nulls its upper bound, of plants its
+        lower one. It takes the cases as independent, which draws from one model and three behaviours are not quite.
+        """
         keys = sorted({(r["truth"], r["kind"], r["site"], r["strength"]) for r in self.rows}, key=str)
         found = []
         for truth, kind, site, strength in keys:
             own = (truth, kind, site, strength)
             some = [r for r in self.rows if (r["truth"], r["kind"], r["site"], r["strength"]) == own]
-            shown = [row["shown"] for row in some if row["shown"] is not None]
+            shown, rate = [row["shown"] for row in some if row["shown"] is not None], _rate(some)
             found.append(
                 {
-                    "truth": truth, "kind": kind, "site": site, "strength": strength, "cases": len(some),
-                    "passed": _rate(some).hits, "shown_nats": float(np.mean(shown)) if shown else None,
+                    "truth": truth, "kind": kind, "site": site, "strength": strength, "cases": rate.n,
+                    "passed": rate.hits, "bound": rate.upper if truth == "null" else rate.lower,
+                    "shown_nats": float(np.mean(shown)) if shown else None,
                     "stopped_by": ", ".join(_stoppers(some)[:3]),
                 }
             )  # fmt: skip
@@ -223,6 +232,10 @@ def _missed(row: Row) -> list[str]:
     return list(dict.fromkeys(c["name"] for c in row["criteria"] if c["status"] in ("fail", "inconclusive")))
 
 
+def _untouched(row: Row) -> list[str]:
+    return [c["name"] for c in row["criteria"] if c["status"] == "reported"]
+
+
 def _stoppers(rows: Iterable[Row]) -> list[str]:
     counts: dict[str, int] = {}
     for row in rows:
@@ -243,8 +256,11 @@ def _share(rows: Sequence[Row], name: str, what: str, more: bool, at: float) -> 
     better: Callable[[float], bool] = (lambda value: value >= at) if more else (lambda value: value <= at)
     passed = 0
     for row in rows:
-        value = _value(row, name, what)
         others = [missed for missed in _missed(row) if missed != name]
+        if name in _untouched(row):  # it decides nothing here, wherever its threshold lies
+            passed += not others
+            continue
+        value = _value(row, name, what)
         passed += value is not None and not others and better(value) and not _otherwise(row, name, value, more)
     return passed / len(rows) if rows else math.nan
 

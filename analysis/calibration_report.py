@@ -18,8 +18,8 @@ from probes.store import write_text
 
 NAMES = {
     "truth": "truth", "kind": "kind", "site": "site", "strength": "strength", "cases": "cases", "passed": "passed",
-    "shown_nats": "personas do, nats", "stopped_by": "stopped by", "criterion": "criterion",
-    "nulls_failed": "nulls that fail it", "nulls_by_it_alone": "nulls by it alone",
+    "bound": "share passed, 95% bound", "shown_nats": "personas do, nats", "stopped_by": "stopped by",
+    "criterion": "criterion", "nulls_failed": "nulls that fail it", "nulls_by_it_alone": "nulls by it alone",
     "plants_failed": "plants that fail it", "plants_by_it_alone": "plants by it alone",
 }  # fmt: skip
 

@@ -31,7 +31,7 @@ CONTRASTS = {
     "persona": "the same prompts under both personas, read at the last prompt token",
     "answer": "the two answers, as a mean over their tokens: it may describe the text rather than the disposition",
 }
-ANY = ("site", "seed", "reuse")  # settings that the gate was calibrated for in any value
+ANY = ("seed", "reuse", "site")  # settings that the gate was calibrated for in any value
 THRESHOLDS = {
     "length": "0: largest distance from 0.5 of the AUROC with which length alone tells the two sides apart",
     "reliability": "1: least split-half agreement of the direction",
@@ -301,7 +301,8 @@ def trust(verdict: Verdict, calibration: Calibration | None) -> dict[str, str]:
     """How often the gate is wrong, as measured on the organism, and where this verdict was reached in another way."""
     if calibration is None:
         return {"error rates": "not measured: no calibration comes with this version"}
-    wrong, found = calibration.false_positives, calibration.detection
+    here = calibration.at(verdict.site)
+    wrong, found = here.false_positives, here.detection
     used, known = verdict.recipe.get("config") or {}, calibration.recipe["config"]["gate"]
     other = [
         name
@@ -310,10 +311,13 @@ def trust(verdict: Verdict, calibration: Calibration | None) -> dict[str, str]:
     ]
     doubts = [f"it was measured on another model than {verdict.model}"] * (verdict.model != calibration.recipe["model"])
     doubts += [f"this verdict was reached with other settings ({', '.join(other)})"] * bool(other)
+    doubts += ["nothing could be planted at this site, so what the gate misses here is not known"] * (not found.n)
     said = {
         "nonsense that passes": f"{wrong} (with 95% confidence at most {percent(wrong.upper)})",
-        "plants that are found": f"{found} (with 95% confidence at least {percent(found.lower)})",
-        "measured": "with dispositions calibrate, on the organism",
+        "plants that are found": f"{found} (with 95% confidence at least {percent(found.lower)})"
+        if found.n
+        else "none",
+        "measured": f"at {verdict.site}, with dispositions calibrate, on the organism",
     }
     return said | ({"as far as it carries over": as_sentence(f"{'; '.join(doubts)}.")} if doubts else {})
 

@@ -124,7 +124,7 @@ class Batch:
     def _cells(self, tasks: Sequence[Task], record: Record) -> Iterator[Cell]:
         """Every cell in order. A model is loaded when the first of its cells needs it, and dropped after its last."""
         for source in dict.fromkeys(task.source for task in tasks):
-            seen = attempt(partial(Seen.now, source, self.gate.general))
+            seen = attempt(partial(Seen.now, source, self.gate.general, self.gate.scorer.judge_prompt))
             model = cache(partial(attempt, partial(load, source, device=self.device, dtype=self.dtype)))
             for task in (task for task in tasks if task.source == source):
                 found = seen if isinstance(seen, Problem) else _answer(task, seen, record, model)

@@ -15,7 +15,7 @@ from dispositions.runs import checked
 class Calibrate:
     """Measure the gate itself: how often it passes nonsense, and how often it finds what was planted.
 
-    Sends 228 nulls and 60 plants of known truth, 30 of them at the working strength, through the gate on the organism,
+    Sends 228 nulls and 72 plants of known truth, 42 of them at the working strength, through the gate on the organism,
     and writes calibration.json, cases.jsonl (a line a case: an interrupted run goes on where it stopped) and
     report.html. That takes an hour or more on two cores. Exit code 0 when at most 1% of the nulls pass (at most 3% with
     95% confidence) and at least 95% of the plants at the working strength do, 1 otherwise, 2 wrong input.

@@ -103,14 +103,14 @@ class Seen:
     data: str
 
     @classmethod
-    def now(cls, source: str, general: str | None) -> Seen:
+    def now(cls, source: str, *given: str | None) -> Seen:
         """
         Args:
             source: the model, as it is asked for.
-            general: a file of general text that takes the place of the shipped ones.
+            given: files that decide a verdict's numbers beside the shipped ones: general text, a judge's question.
         """
-        files = _model_files(source)
-        texts = [*SHIPPED.glob("*.jsonl"), *(DATA / name for name in GENERAL), *([Path(general)] if general else [])]
+        files, own = _model_files(source), [Path(path) for path in given if path]
+        texts = [*SHIPPED.glob("*.jsonl"), *(DATA / name for name in GENERAL), *own]
         found = [hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(texts) if path.is_file()]
         stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
         return cls(model=_digest(stats) if files else None, data=_digest(found))

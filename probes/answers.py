@@ -26,6 +26,7 @@ from urllib.request import HTTPErrorProcessor, Request, build_opener
 
 import numpy as np
 from scipy.special import expit
+from scipy.stats import binomtest
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GroupKFold
@@ -39,6 +40,7 @@ from probes.store import read_text
 Place = Literal["wanted", "unwanted", "neither"]
 Kind = Literal["auto", "rule", "classifier", "judge"]
 FOLDS, MIN_GROUPS, SHUFFLES = 5, 4, 39
+PREFERENCE = 0.001  # p-value below which a judge prefers a letter
 # A classifier of two sides would put every text on one of them. Odds below about 2 to 1 (0.65 / 0.35 = 1.86) count as
 # none; a text without a single known word stands at exactly 0.5.
 DOUBT = (0.35, 0.65)
@@ -248,10 +250,12 @@ class Judge(Scorer):
     def recipe(self) -> dict[str, Any]:
         """Replies are counted so far: a judge that prefers a letter, or cannot be read half of the time, is not one."""
         replies, prompt = Counter(self.replies.values()), f"{SYSTEM}\n\n{self.template.template}"
+        letters = replies["A"] + replies["B"]  # each side is A for every other item, so A should be half of them
+        fair = not letters or binomtest(replies["A"], letters).pvalue >= PREFERENCE
         return {
-            "kind": "judge", "usable": 2 * replies["unreadable"] <= len(self.replies), "url": self.config.judge_url,
-            "model": self.config.judge_model, "answered_as": sorted(self.models), "temperature": 0,
-            "max_tokens": MAX_TOKENS, "seed": self.seed, "prompt": prompt,
+            "kind": "judge", "usable": fair and 2 * replies["unreadable"] <= len(self.replies),
+            "url": self.config.judge_url, "model": self.config.judge_model, "answered_as": sorted(self.models),
+            "temperature": 0, "max_tokens": MAX_TOKENS, "seed": self.seed, "prompt": prompt,
             "prompt_sha256": hashlib.sha256(prompt.encode()).hexdigest(), "asked": len(self.replies),
             "replies": {word: replies[word] for word in ("A", "B", "NEITHER")}, "unreadable": replies["unreadable"],
         }  # fmt: skip

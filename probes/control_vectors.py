@@ -75,7 +75,7 @@ def write_control_vector(vectors: Vectors, path: Path) -> None:
     for layer, push in pushes.items():
         if layer >= built.layers or push.shape != (built.hidden_size,):
             raise WrongInput(
-                f"a vector of {push.numel()} at layer {layer} does not fit {about.model}, which has width "
+                f"a vector of {push.numel()} at layer {layer} does not fit the model, which has width "
                 f"{built.hidden_size} and layers 0 to {built.layers - 1}"
             )
         if not bool(push.isfinite().all()) or not bool(push.any()):

@@ -136,10 +136,10 @@ class Verdict:
         return {"PASS": 0, "FAIL": 1, "INCONCLUSIVE": 3}[self.verdict]
 
     def require(self) -> None:
-        """Raise unless the verdict is PASS.
+        """Raise unless the verdict is PASS, and on a direction that was extracted.
 
         Raises:
-            WrongInput: naming every criterion that did not pass.
+            WrongInput: naming every criterion that did not pass, or what was judged instead.
         """
         if self.verdict != "PASS":
             failed = [
@@ -149,6 +149,9 @@ class Verdict:
         if not any(c.status == "pass" for c in self.criteria) or decide(self.criteria) != "PASS":
             found = ", ".join(f"{c.number} {c.name} ({c.status})" for c in self.criteria) or "none at all"
             raise WrongInput(f"{self.behavior} on {self.model} says PASS, which its criteria do not: {found}")
+        config = self.recipe.get("config", {})
+        if config.get("direction") == "random" or config.get("shuffle_labels"):
+            raise WrongInput("the verdict is about a direction that means nothing (random, or shuffled labels)")
 
     def frame(self) -> pd.DataFrame:
         """One row per criterion."""

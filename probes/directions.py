@@ -13,6 +13,7 @@ controls and judges them.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,11 @@ from probes.store import read_metadata, read_tensors, write_tensors
 
 SPLITS = 50
 _FIELDS = ("layer", "norm", "midpoint", "gap", "site", "shape", "heads", "method", "contrast", "behavior", "n")
+
+
+def vector_hash(vector: Tensor) -> str:
+    """What tells one vector from another: 16 hex digits of the SHA-256 of its bytes."""
+    return hashlib.sha256(vector.detach().cpu().contiguous().numpy().tobytes()).hexdigest()[:16]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -223,7 +223,7 @@ def _pattern(answer: str) -> str:
 
 def _pairs(path: Path, text: str, unwanted: str | Path | None, prompt: str) -> Read:
     if unwanted is None:
-        raise WrongInput(f"pairs are two files of lines; {path.name} came without one of unwanted lines")
+        raise WrongInput(f"pairs are two files of lines; {path.name} came without unwanted ones (--unwanted-file FILE)")
     if not prompt.strip():
         raise WrongInput("the prompt that the lines answer must be a non-empty text")
     other = Path(unwanted)
@@ -271,8 +271,8 @@ def _persona_vectors(
         questions.append(question)
     if answers is None and model is None:
         raise WrongInput(
-            f"{path.name} has questions and instructions but no answers: give answers by question, or a model that "
-            f"answers under both instructions (dispositions behaviors import {path.name} OUT.jsonl --model organism)"
+            f"{path.name} has questions and instructions but no answers: give answers by question (--answers "
+            "FILE), or a model of their language that answers under both instructions (--model MODEL)"
         )
     if answers is not None and model is not None:
         raise WrongInput("answers come from a file or from a model, saw both")

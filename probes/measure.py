@@ -21,7 +21,7 @@ from probes.controls import centred, random_direction, shuffled_direction
 from probes.cost import Cost
 from probes.criteria import intact
 from probes.damage import General, repetition
-from probes.directions import Direction, mean_difference
+from probes.directions import Direction, mean_difference, vector_hash
 from probes.free import Asked, free_answers
 from probes.gate import GateConfig
 from probes.model import HybridModel
@@ -94,6 +94,7 @@ class _Held:
         direction = self.direction
         self.evidence["direction"] = {
             "method": direction.method,
+            "hash": vector_hash(direction.vector),
             "contrast": direction.contrast,
             "norm": direction.norm,
             "gap": direction.gap,
@@ -307,8 +308,8 @@ class _Held:
             "target": self.among(known, beside),
         }  # fmt: skip
         null = [max(area, 1 - area) for area in areas]  # a shuffled direction has no sign: either end separates
-        *scores, crossed = self.unseen(held)
-        area = stats.auroc(*scores, held.groups, seed=self.seed)
+        above, below, crossed = self.unseen(held)
+        area = stats.auroc(above, below, held.groups, seed=self.seed)
         selectivity = area.value - float(np.mean(null))
         self.evidence["decodability"] = {
             "auroc": area.as_dict(), "shuffled": null, "selectivity": selectivity, "crossed": crossed,

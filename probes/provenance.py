@@ -20,7 +20,7 @@ import pandas as pd
 from torch import Tensor
 from transformers import AutoConfig
 
-from probes.directions import Direction
+from probes.directions import Direction, vector_hash
 from probes.errors import WrongInput
 from probes.model import ORGANISMS, HybridModel
 from probes.stats import Estimate
@@ -170,7 +170,7 @@ def note_of(vectors: Vectors) -> dict[str, Any]:
         known = {f.name: getattr(one, f.name) for f in fields(one) if f.name not in ("vector", "reliability")}
         reliability = one.reliability.as_dict() if one.reliability else None
         entries.append(
-            {**known, "reliability": reliability, "dose": vectors.doses[layer], "vector_hash": _hash(one.vector)}
+            {**known, "reliability": reliability, "dose": vectors.doses[layer], "vector_hash": vector_hash(one.vector)}
         )
     built = about.pop("architecture")
     note = {
@@ -185,11 +185,6 @@ def hash_of(values: Mapping[str, Any]) -> str:
     """SHA-256 of plain values as JSON with sorted keys and no spaces (first 16 hex digits)."""
     text = json.dumps(values, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _hash(vector: Tensor) -> str:
-    """As `steer` names a vector in a capture's recipe."""
-    return hashlib.sha256(vector.detach().cpu().numpy().tobytes()).hexdigest()[:16]
 
 
 def vectors_from(path: Path, note: Mapping[str, Any], tensors: Mapping[int, Tensor]) -> Vectors:
@@ -207,7 +202,7 @@ def vectors_from(path: Path, note: Mapping[str, Any], tensors: Mapping[int, Tens
             raise ValueError(f"it describes layers {sorted(entries)} and holds {sorted(tensors)}")
         directions = {}
         for layer, entry in entries.items():
-            if _hash(tensors[layer]) != entry["vector_hash"]:
+            if vector_hash(tensors[layer]) != entry["vector_hash"]:
                 raise ValueError(f"the vector of layer {layer} is not the one that was written")
             directions[layer] = _direction(entry, tensors[layer])
         if note["status"] not in get_args(Status):
@@ -248,6 +243,10 @@ def layer_of(path: Path, name: str) -> int:
         WrongInput: it is not `direction.LAYER`.
     """
     found = re.fullmatch(r"direction\.(\d{1,9})", name)
+    if found is None and name == "vector":
+        raise WrongInput(
+            f"{path} is a run's own direction: export the run (dispositions export RUN FILE) and import that"
+        )
     if found is None:
         raise WrongInput(f"{path} is not a file of steering vectors: a tensor is called {name!r}, not direction.LAYER")
     return int(found[1])

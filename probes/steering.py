@@ -20,7 +20,6 @@ point in time, and the recurrence carries the edit to every later token. So `for
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -33,7 +32,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from torch.utils.weak import WeakIdKeyDictionary
 
-from probes.directions import Direction
+from probes.directions import Direction, vector_hash
 from probes.errors import WrongInput
 from probes.model import HybridModel
 from probes.pairs import STEERABLE
@@ -109,8 +108,8 @@ def steer(
 @contextmanager
 def _noted(model: HybridModel, direction: Direction, how: dict[str, Any]) -> Iterator[None]:
     """The intervention is on the model's list while it lasts: a capture writes it into its recipe."""
-    content = hashlib.sha256(direction.vector.detach().cpu().numpy().tobytes()).hexdigest()[:16]
-    model.interventions.append({"site": direction.site, "layer": direction.layer, "vector": content, **how})
+    what = {"site": direction.site, "layer": direction.layer, "vector": vector_hash(direction.vector)}
+    model.interventions.append({**what, **how})
     try:
         yield
     finally:

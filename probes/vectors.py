@@ -13,11 +13,12 @@ it, in `probes.control_vectors`.
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 from pathlib import Path
 
 from probes.control_vectors import read_control_vector, refuse_norm, write_control_vector
-from probes.criteria import Verdict, open_verdict
-from probes.directions import Direction
+from probes.criteria import GateCriteria, Verdict, open_verdict
+from probes.directions import Direction, vector_hash
 from probes.errors import WrongInput
 from probes.model import HybridModel
 from probes.provenance import (
@@ -41,6 +42,7 @@ __all__ = [
     "read_run",
 ]  # fmt: skip
 
+RULES = asdict(GateCriteria())  # the thresholds as they ship
 SUFFIXES = (".safetensors", ".gguf")
 
 
@@ -78,6 +80,7 @@ def judged_vectors(
         WrongInput: the verdict is not PASS (unless `unverified`), or on another direction.
     """
     status, recipe = _status(verdict, unverified), verdict.recipe
+    config = recipe.get("config", {})
     evidence = verdict.evidence.get("direction", {})
     compared = [
         ("weights", recipe.get("weights_hash"), weights_hash),
@@ -86,6 +89,7 @@ def judged_vectors(
         ("behaviour", verdict.behavior, direction.behavior),
         ("method", evidence.get("method", direction.method), direction.method),
         ("norm", evidence.get("norm", direction.norm), direction.norm),
+        ("vector", evidence.get("hash", vector_hash(direction.vector)), vector_hash(direction.vector)),
     ]
     for name, judged, found in compared:
         if judged != found:
@@ -93,8 +97,9 @@ def judged_vectors(
     provenance = Provenance(
         model=verdict.model, weights_hash=weights_hash, architecture=architecture, behavior=verdict.behavior,
         behavior_hash=str(recipe.get("behavior_hash", "")), phase=verdict.phase,
-        form=recipe.get("config", {}).get("form", "end"), status=status,
+        mode=config.get("mode", "add"), form=config.get("form", "end"), status=status,
         verdict={
+            "other_thresholds": {k: v for k, v in (config.get("criteria") or {}).items() if RULES.get(k) != v},
             "outcome": verdict.verdict, "sentence": verdict.sentence, "recipe_hash": hash_of(recipe),
             "criteria": [
                 {"number": c.number, "name": c.name, "status": c.status,

@@ -8,6 +8,7 @@ from shuffled labels, or made for other behaviours.
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -36,7 +37,7 @@ from probes.partial import fitting_chunks
 from probes.propensity import prepare
 from probes.search import FOLDS, Way, best_of, choose, search
 from probes.sites import resolve
-from probes.store import library_versions
+from probes.store import library_versions, read_text
 from probes.texts import Texts
 from probes.trials import Trials
 
@@ -108,7 +109,9 @@ def recipe(
 ) -> dict[str, Any]:
     """Everything that determines a verdict's numbers."""
     others = unrelated_behaviors(model, behavior) if others is None else others
-    return {
+    question = config.scorer.judge_prompt
+    asked = {"judge_prompt_hash": hashlib.sha256(read_text(question).encode()).hexdigest()[:16]} if question else {}
+    return asked | {
         "behavior": behavior.name,
         "behavior_hash": behavior.hash,
         **model.identity,

@@ -284,6 +284,7 @@ def test_a_judge_that_always_says_a_favours_neither_side(endpoint):
     backwards = scorer.sides(behavior.items[::-1], ["another answer"] * 48)
     assert backwards == first[::-1]  # the order is an item's own, whenever and beside whatever it is asked
     assert scorer.recipe()["replies"] == {"A": 96, "B": 0, "NEITHER": 0}
+    assert not scorer.recipe()["usable"]  # it prefers a letter
 
 
 def test_equal_answers_are_asked_about_once(endpoint):

@@ -360,7 +360,7 @@ def test_the_parts_of_a_batch_refuse_what_they_cannot_read(tmp_path):
 
 
 def small_behavior(path: Path) -> Path:
-    """Some items of a shipped behaviour, in a language of its own, so that no other behaviour has to be measured."""
+    """Some items of a shipped behaviour, in what is said to be another language."""
     lines = (SHIPPED / "sentiment.jsonl").read_text().splitlines()
     card = {"card": {**json.loads(lines[0])["card"], "name": "small", "language": "small"}}
     card["card"].pop("ood", None)

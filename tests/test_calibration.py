@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import replace
 from typing import Any
@@ -12,7 +13,7 @@ from scipy.stats import binomtest
 
 from analysis import calibrate as running
 from analysis.calibrate import CASES, CalibrationConfig, calibrate, cases, recipe
-from analysis.calibration import Calibration, Rate, open_calibration
+from analysis.calibration import RESULT, SWEPT, Calibration, Rate, open_calibration, shipped_calibration
 from analysis.calibration_report import render_calibration
 from probes.errors import WrongInput
 from probes.gate import GateConfig
@@ -20,7 +21,7 @@ from probes.gate import GateConfig
 TINY = CalibrationConfig(
     seeds=1, steps=2, jobs=1,
     gate=GateConfig(layers=(4,), prompts=6, search_prompts=4, controls=2, generations=1, max_new_tokens=8,
-                    general_texts=6, direction="mean", doses=(-0.5, -0.25, 0.0, 0.25, 0.5)),
+                    general_texts=6, doses=(-0.5, -0.25, 0.0, 0.25, 0.5)),
 )  # fmt: skip
 
 
@@ -54,6 +55,22 @@ def test_rates_have_the_exact_bounds_of_scipy(hits, n):
     exact: Any = binomtest(hits, n).proportion_ci(confidence_level=0.9, method="exact")  # both ends at 95%
     assert (rate.lower, rate.upper) == pytest.approx((exact.low, exact.high), abs=1e-9)
     assert rate.value == hits / n
+
+
+def test_every_curve_passes_through_the_rates_at_the_chosen_threshold():
+    """Also where a criterion decided nothing: a drawn direction has no reliability, and may pass all the same."""
+    whole = sample()
+    drawn = copy.deepcopy(dict(whole.rows[9]))
+    drawn["criteria"][0] |= {"status": "reported", "observed": None}
+    for rows in (whole.rows, (*whole.rows, {**drawn, "name": "drawn"})):
+        found = replace(whole, rows=rows)
+        for name in SWEPT:
+            if not any(c["name"] == name for row in rows for c in row["criteria"]):
+                continue
+            curve = found.curve(name)
+            chosen = curve[curve.chosen].iloc[0]
+            assert chosen.false_positives == pytest.approx(found.false_positives.value), name
+            assert chosen.detection == pytest.approx(found.detection.value), name
 
 
 def test_error_rates_count_verdicts_by_truth():
@@ -137,3 +154,30 @@ def test_what_is_no_calibration_is_refused(tmp_path, broken):
     (tmp_path / "calibration.json").write_text(broken)
     with pytest.raises(WrongInput, match="is not a calibration"):
         open_calibration(tmp_path)
+
+
+def test_the_shipped_calibration_is_of_the_gate_that_ships():
+    found = shipped_calibration()
+    assert found is not None, f"there is no {RESULT} beside the data"
+    asked = json.loads(json.dumps(recipe(CalibrationConfig())))
+    assert {k: v for k, v in found.recipe.items() if k != "versions"} == {
+        k: v for k, v in asked.items() if k != "versions"
+    }
+    assert [row["name"] for row in found.rows] == [case.name for case in cases(CalibrationConfig())]
+    assert len(found.nulls) >= 200
+    assert found.trusted, str(found)
+
+
+@pytest.mark.parametrize("setting", [{"site": "gdn.state"}, {"seed": 3}, {"direction": "random"}, {"heads": (1,)}])
+def test_what_each_case_decides_cannot_be_chosen(setting):
+    gate = GateConfig(**({"site": "gdn.state"} if "heads" in setting else {}), **setting)
+    with pytest.raises(WrongInput, match=f"{next(iter(setting))}.* cannot be chosen for a calibration"):
+        CalibrationConfig(gate=gate)
+
+
+@pytest.mark.parametrize("line", ["5", "{}", '{"name": "x"}', "not json"])
+def test_a_line_that_is_no_case_is_named(tmp_path, line):
+    (tmp_path / CASES).write_text(f"{line}\n")
+    running.write_json(tmp_path / running.RECIPE, recipe(TINY))
+    with pytest.raises(WrongInput, match=r"line 1 of .* is not a case; remove the file to begin again"):
+        calibrate(TINY, out=tmp_path, progress=False)

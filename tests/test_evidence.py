@@ -97,11 +97,14 @@ def changed(path, value):
         (("dose_response", "doses"), [0, 0.25, 0.5, 0.75, 1], "dose-response"),
         (("dose_response", "doses"), [-1, 0, 0.5, 1], "dose-response"),
         (("controls", "kinds", "random"), [{"effect": -1.5}] * 20, "controls"),
+        (("controls", "kinds", "random"), [{"effect": 1.01}, *[{"effect": 0.1}] * 19], "controls"),  # one of twenty
+        (("controls", "kinds", "random"), [{"effect": 9.0}] * 2 + [{"effect": 0.1}] * 37, "controls"),
         (("controls", "kinds", "unrelated"), [{"effect": 1.01}], "controls"),
+        (("controls", "kinds", "unrelated"), [{"effect": 1.01}, *[{"effect": 0.0}] * 99], "controls"),  # a named one
         (("controls", "target", "value"), 0.05, "controls"),
         (("necessity", "drop", "lower"), -0.2, "necessity"),
         (("necessity", "beside", "value"), 0.05, "necessity"),
-        (("necessity", "random_drops"), [-1.2] * 10, "necessity"),
+        (("necessity", "random_drops"), [-1.2, *[0.1] * 19], "necessity"),
         (("specificity", 1, "share", "value"), 0.51, "specificity"),
         (("specificity", 0, "share", "value"), -0.51, "specificity"),  # the other way counts as much
         (("damage", "perplexity_ratio"), math.inf, "damage: perplexity"),
@@ -128,7 +131,8 @@ def test_each_criterion_alone_can_fail_a_verdict(path, value, name):
         (("wrong_way", "value"), 0.25),
         (("specificity", 0, "share", "value"), -0.5),
         (("damage", "perplexity_ratio"), 1 / 1.5),
-        (("controls", "kinds", "random"), [{"effect": 9.0}, *[{"effect": 0.1}] * 99]),  # one of a hundred
+        (("controls", "kinds", "random"), [{"effect": 9.0}, *[{"effect": 0.1}] * 38]),  # p = 2/40
+        (("necessity", "random_drops"), [9.0, *[0.1] * 38]),
     ],
 )
 def test_what_lies_on_a_threshold_passes(path, value):
@@ -148,13 +152,14 @@ def test_specificity_names_the_behaviour_that_moves_most_and_its_interval():
     assert (other.observed, other.lower, other.upper) == (0.4, 0.0, 0.9)
     assert "sentiment" in other.rule
     alone = named(changed(("specificity",), []))["specificity"]
-    assert alone.status == "reported"
+    assert alone.status == "inconclusive"
 
 
 def test_what_is_only_reported_never_decides():
     """Out of distribution it moves the wrong way; other phases and asking may do anything or nothing."""
     found = named(passing_evidence())
-    reported = ["effect elsewhere", "wrong way elsewhere", "phase: prefill", "prompt baseline", "damage: KL"]
+    reported = ["wanted answer itself", "effect elsewhere", "wrong way elsewhere", "phase: prefill", "prompt baseline",
+                "damage: KL"]  # fmt: skip
     assert {found[name].status for name in reported} == {"reported"}
     assert found["effect elsewhere"].observed == -0.7
     assert found["wrong way elsewhere"].observed == 0.6
@@ -168,7 +173,7 @@ def test_what_is_only_reported_never_decides():
 def test_a_pass_is_said_in_numbers():
     evidence = passing_evidence()
     said = sentence("PASS", judge(evidence, GateCriteria()), evidence, read_behavior("sentiment"), GateCriteria())
-    for part in ("100% of 60 unseen prompts", "by 1.00 nats", "stay below 0.10", "a factor of 1.10 (limit 1.5)"):
+    for part in ("100% of 60 unseen prompts", "by 1.00 nats", "do no more than 0.10", "a factor of 1.10 (limit 1.5)"):
         assert part in said
 
 
@@ -179,6 +184,9 @@ def test_a_pass_is_said_in_numbers():
         (("counts", "groups"), 4, "60 held-out prompts in 4 topic groups, where 24 in 5 are needed"),
         (("controls", "kinds", "shuffled labels"), [{"effect": 0.1}] * 19, "19 controls of each drawn kind"),
         (("controls", "kinds", "random"), [{"effect": 0.1}] * 3, "3 controls of each drawn kind, where 20 are needed"),
+        (("controls", "target", "n"), 11, "controls on 11 prompts, where 12 are needed"),
+        (("necessity", "random_drops"), [0.1] * 19, "19 random directions taken out, where 20 are needed"),
+        (("specificity",), [], "no other behaviour in words that the model knows"),
         (("damage", "tokens"), 11, "11 tokens of ordinary text, where 100 are needed"),
         (("generation", "steered", "n"), 1, "1 free answers, where 8 are needed"),
         (("necessity", "drop", "n"), 7, "too few held-out prompts on which the model shows the behaviour"),

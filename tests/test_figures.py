@@ -104,7 +104,7 @@ def test_controls_show_every_control_and_the_bar():
     assert target.x == (found["target"]["value"],)  # on the prompts of the controls
     np.testing.assert_allclose([target.error_x.array, target.error_x.arrayminus], bounds([found["target"]]))
     bar = control_threshold(found)[0]
-    by_hand = max(np.percentile(np.abs([row["effect"] for row in rows]), 95) for rows in found["kinds"].values())
+    by_hand = max(abs(row["effect"]) for rows in found["kinds"].values() for row in rows)  # of 20, none may be larger
     assert bar == pytest.approx(by_hand)
     assert sorted(shape.x0 for shape in figure.layout.shapes) == [-bar, bar]
     assert f"to clear: {number(bar)}" in words_of(figure)

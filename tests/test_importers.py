@@ -233,7 +233,7 @@ Q = CAA[0]
         ([Q], {"form": "persona-vectors"}, "x.json: persona-vectors is an object, saw [{"),
         ([Q], {"answers": SPOKEN}, "answers can be given for the format persona-vectors only, x.json is caa"),
         ([Q], {"prompt": "Hm?"}, "a prompt can be given for the format pairs only, x.json is caa"),
-        ([Q], {"form": "pairs"}, "pairs are two files of lines; x.json came without one of unwanted lines"),
+        ([Q], {"form": "pairs"}, "pairs are two files of lines; x.json came without unwanted ones"),
         ([Q], {"name": " "}, "name must be a non-empty text"),
         ([Q], {"seed": -1}, "seed must lie between 0 and"),
         ({**TRAIT, "instruction": {}}, {}, "x.json: 'instruction' must be a list that is not empty, saw {}"),

@@ -280,12 +280,13 @@ def test_a_browser_draws_every_figure_without_a_network(name, tmp_path):
 def test_the_page_says_how_often_the_gate_is_wrong_and_what_that_rests_on():
     verdict = sample("PASS")
     rows = tuple(case(truth, i) for truth, n in (("null", 100), ("planted", 20)) for i in range(n))
+    rows += tuple({**case("null", i), "site": "attn.heads"} for i in range(49))
     gate = {**verdict.recipe["config"], "site": "gdn.state", "seed": 7, "phase": "prefill", "doses": (1, 2)}
     known = Calibration(rows=rows, recipe={"model": verdict.model, "config": {"gate": gate}})
     assert trust(verdict, known) == {
         "nonsense that passes": "1 of 100 (with 95% confidence at most 4.7%)",
         "plants that are found": "20 of 20 (with 95% confidence at least 86%)",
-        "measured": "with dispositions calibrate, on the organism",
+        "measured": "at resid, with dispositions calibrate, on the organism",
     }
     other = replace(
         verdict, model="another", recipe={"config": {**gate, "phase": "decode", "doses": [1, 2], "criteria": {}}}
@@ -293,9 +294,13 @@ def test_the_page_says_how_often_the_gate_is_wrong_and_what_that_rests_on():
     assert trust(other, known)["as far as it carries over"] == (
         "It was measured on another model than another; this verdict was reached with other settings (criteria, phase)."
     )
+    heads = trust(replace(verdict, site="attn.heads"), known)
+    assert heads["nonsense that passes"] == "0 of 49 (with 95% confidence at most 5.9%)"
+    assert heads["plants that are found"] == "none"
+    assert "nothing could be planted at this site" in heads["as far as it carries over"].lower()
     assert trust(verdict, None) == {"error rates": "not measured: no calibration comes with this version"}
 
 
 def case(truth, i):
     passed = truth == "planted" or i == 50
-    return {"truth": truth, "working": truth == "planted", "verdict": "PASS" if passed else "FAIL"}
+    return {"site": "resid", "truth": truth, "working": truth == "planted", "verdict": "PASS" if passed else "FAIL"}

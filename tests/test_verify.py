@@ -10,7 +10,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from probes import measure as measuring
 from probes import stats
+from probes import verify as verifying
 from probes.behaviors import read_behavior
 from probes.controls import random_direction, shuffle_labels, shuffled_direction
 from probes.criteria import GateCriteria, open_verdict
@@ -107,6 +109,55 @@ def test_the_work_is_done_on_the_right_split(passed, behavior):
     apart = {item.id for item in behavior.ood if item.group in split["held_out"]}
     assert passed.evidence["ood"]["effect"]["n"] == len(apart)
     assert "forms kept apart" in passed.evidence["ood"]["what"]
+
+
+def test_nothing_held_out_is_seen_before_layer_method_and_dose_are_chosen(planted, behavior, monkeypatch):
+    """Whatever the search prepares or records, and what the direction is made of, is of the fit split."""
+    seen: list[set[str]] = []
+
+    def noting(real):
+        def noted(model, some, *rest, **options):
+            seen.append({item.id for item in some.items})
+            return real(model, some, *rest, **options)
+
+        return noted
+
+    for name in ("prepare", "record"):
+        monkeypatch.setattr(verifying, name, noting(getattr(verifying, name)))
+    chosen = []
+    monkeypatch.setattr(verifying, "measure", lambda model, asked, *rest, **options: chosen.append(asked) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        verify(planted[0], behavior, QUICK, progress=False)
+    fit, held = behavior.split(held_out=QUICK.held_out, seed=QUICK.seed)
+    assert len(seen) >= 2
+    assert set().union(*seen) <= {item.id for item in fit.items}
+    assert set(chosen[0].pairs.groups) <= set(fit.groups)
+    assert {item.id for item in chosen[0].judged.items} <= {item.id for item in held.items}
+
+
+def test_decodability_is_read_on_persona_turns_that_made_no_direction(planted, behavior, monkeypatch):
+    made: list[set[str]] = []
+    real = measuring._Held.unseen
+
+    def noting(self, held):
+        way = self.asked.way
+        self.asked = replace(self.asked, way=replace(way, extract=lambda pairs: noted(way.extract, pairs)))
+        return real(self, held)
+
+    def noted(extract, pairs):
+        made.append(set(pairs.wordings))
+        return extract(pairs)
+
+    monkeypatch.setattr(measuring._Held, "unseen", noting)
+    found = verify(planted[0], behavior, QUICK, progress=False).evidence["decodability"]
+    fit, held = behavior.split(held_out=QUICK.held_out, seed=QUICK.seed)
+    wordings = {item.wording for item in fit.items}
+    assert found["crossed"]
+    assert len(made) > 1
+    assert all(some < wordings for some in made)
+    for item in held.items:  # for each there is a direction that did not know its persona turns
+        assert any(item.wording not in some for some in made)
+    assert not set.intersection(*made)  # and every wording was left out once
 
 
 def test_a_verdict_says_what_else_was_tried(passed):
@@ -261,7 +312,8 @@ def test_what_does_not_fit_is_never_an_unrelated_control(planted):
     assert [other.name for other in unrelated_behaviors(model, behavior)] == ["hedging", "sentiment"]
     renamed = replace(behavior, name="mine")  # the same content under another name is not a control for itself
     assert [other.name for other in unrelated_behaviors(model, renamed)] == ["hedging", "sentiment"]
-    assert unrelated_behaviors(model, read_behavior("sentiment-en")) == []  # the organism does not know English
+    foreign = replace(behavior, name="mine", language="another", hash="another")  # better those of another language
+    assert [other.name for other in unrelated_behaviors(model, foreign)] == ["follow-direction", "hedging", "sentiment"]
 
 
 def test_the_recipe_names_all_that_decides_the_numbers(planted):

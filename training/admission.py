@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import asdict
 from typing import Any
 
-import torch
-
 from probes.behaviors import Behavior
 from probes.criteria import Verdict
-from probes.directions import Direction
+from probes.directions import Direction, vector_hash
 from probes.errors import WrongInput
 from probes.model import HybridModel
 from probes.store import library_versions
@@ -53,15 +50,10 @@ def checked_verdict(
     ):
         if seen != allowed:
             raise WrongInput(f"the verdict is about other {what}: {seen}, here {allowed}; verify again")
-    config = told.get("config", {})
-    if config.get("direction") == "random" or config.get("shuffle_labels"):
-        raise WrongInput("the verdict is about a direction that means nothing (random, or shuffled labels)")
 
 
 def identity_of(direction: Direction | None) -> dict[str, Any] | None:
     """What of a direction decides a computation's numbers, for recipes."""
     if direction is None:
         return None
-    vector = direction.vector.detach().cpu().contiguous()
-    digest = hashlib.sha256(vector.reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
-    return {"site": direction.site, "layer": direction.layer, "hash": digest[:16]}
+    return {"site": direction.site, "layer": direction.layer, "hash": vector_hash(direction.vector)}
