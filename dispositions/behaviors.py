@@ -59,6 +59,8 @@ class Behaviors:
     """Tokens after which an answer of the model is cut."""
     name: str | None = None
     """Of the imported behaviour; when not given, that of its file."""
+    language: str = "en"
+    """Of the imported behaviour, by which a verdict finds other behaviours and general text to compare with."""
     seed: int = 0
     """Of the audit's swaps and folds, and of the imported topics."""
     device: Device = "cpu"
@@ -88,7 +90,8 @@ class Behaviors:
             self._refuse("new_tokens", "device", "dtype", need="import with --model")
         found = import_behavior(
             source, form=self.format, unwanted=self.unwanted_file, prompt=self.prompt, answers=self.answers,
-            model=self._load if self.model else None, new_tokens=self.new_tokens, name=self.name, seed=self.seed,
+            model=self._load if self.model else None, new_tokens=self.new_tokens, name=self.name,
+            language=self.language, seed=self.seed,
         )  # fmt: skip
         write_behavior(found, out)
         print(found)

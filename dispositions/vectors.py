@@ -109,7 +109,7 @@ class Import:
         vectors = import_vectors(self.file, model, norm=self.norm, anyway=self.anyway)
         if self.layer is not None:
             vectors = vectors.at(self.layer)
-        out = checked(self.out, Path("runs") / f"import-{slug(self.file.stem)}-{model_slug(self.model)}")
+        out = checked(self.out, Path("runs") / f"import-{slug(self.file.name)}-{model_slug(self.model)}")
         asked = {
             "kind": "import", "file": self.file.name,
             "file_hash": hashlib.sha256(self.file.read_bytes()).hexdigest()[:16], **model.identity,

@@ -30,6 +30,7 @@ from sklearn.linear_model import LogisticRegression
 
 from probes import stats
 from probes.behaviors import Behavior, Item, Side
+from probes.criteria import GateCriteria
 from probes.errors import SEEDS, WrongInput
 from probes.stats import Estimate, derived_seed
 
@@ -158,10 +159,23 @@ def _counts(behavior: Behavior) -> list[Check]:
             name="items per group", value=len(behavior.items) / len(sizes), lower=min(sizes), upper=max(sizes),
             note="interval: least and greatest",
         ),
+        _held_out(behavior),
         Check(name="forms", value=len(behavior.forms), note=", ".join(behavior.forms)),
         Check(name="items out of distribution", value=len(behavior.ood)),
         Check(name="topics shared with them", value=len(shared), note=", ".join(sorted(shared))),
     ]  # fmt: skip
+
+
+def _held_out(behavior: Behavior) -> Check:
+    """Is that enough to judge on? By the gate's own split and rules."""
+    rules, groups = GateCriteria(), len(behavior.groups)
+    held = behavior.split()[1] if groups > 1 else None
+    prompts, topics = (len(held.items), len(held.groups)) if held else (0, 0)
+    enough = prompts >= rules.min_prompts and topics >= rules.min_groups
+    need = f"a verdict needs {rules.min_prompts} in {rules.min_groups} groups"
+    return Check(
+        name="held-out prompts", value=prompts, note=f"in {topics} groups; {need}{'' if enough else ': INCONCLUSIVE'}"
+    )
 
 
 def _duplicates(behavior: Behavior) -> list[Check]:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -35,6 +36,7 @@ from probes.topics import topics
 Form = Literal["auto", "caa", "persona-vectors", "pairs"]
 Answers = Mapping[str, Mapping[str, str]]  # by question: {"wanted": ..., "unwanted": ...}
 NEUTRAL = "Say something."
+LEANING = 0.75  # share of questions with the same matching answer, above which the card warns
 _PATTERNS = {side: () for side in ("wanted", "unwanted")}
 _SOURCES = {
     "caa": "A/B questions in the format of Contrastive Activation Addition (arXiv:2312.06681)",
@@ -54,6 +56,7 @@ def import_behavior(
     model: HybridModel | Callable[[], HybridModel] | None = None,
     new_tokens: int = 48,
     name: str | None = None,
+    language: str = "en",
     seed: int = 0,
 ) -> Behavior:
     """Read contrast data in a public format.
@@ -70,6 +73,7 @@ def import_behavior(
             `new_tokens` tokens; or a function that loads it, called once the file is known to be good. Nobody checks
             that the answers show their side; items with two equal ones are left out, and the card says how many.
         name: of the behaviour; the file's, without its suffix, when not given.
+        language: what it is written in, by which the gate finds other behaviours and general text to compare with.
         seed: of the clusters.
 
     Raises:
@@ -78,10 +82,11 @@ def import_behavior(
     path = Path(source)
     if not SEEDS[0] <= seed <= SEEDS[1]:
         raise WrongInput(f"seed must lie between {SEEDS[0]} and {SEEDS[1]}, saw {seed}")
-    if name is not None and not name.strip():
-        raise WrongInput("name must be a non-empty text")
+    for what, given in (("name", name), ("language", language)):
+        if given is not None and not given.strip():
+            raise WrongInput(f"{what} must be a non-empty text")
     text = read_text(path)
-    content = None if form == "pairs" or unwanted is not None else _content(path, text)
+    content = None if form == "pairs" or unwanted is not None else _content(path, text, form)
     kind = _kind(path, content, unwanted) if form == "auto" else form
     if kind not in _SOURCES:
         raise WrongInput(f"unknown format '{kind}'; allowed are {', '.join(get_args(Form))}")
@@ -111,7 +116,7 @@ def import_behavior(
         for number, ((where, record), topic) in enumerate(zip(records, topics(asked, seed=seed), strict=True), 1)
     )
     behavior = Behavior(
-        name=card["name"], description=card["description"], language="en", wanted_means=card["wanted"],
+        name=card["name"], description=card["description"], language=language, wanted_means=card["wanted"],
         unwanted_means=card["unwanted"], items=items, hash="",
         card={key: card[key] for key in ("origin", "license", "limits")},
     )  # fmt: skip
@@ -165,7 +170,9 @@ Read = tuple[tuple[str, str, str], list[tuple[str, dict[str, Any]]], str]
 """(description, wanted, unwanted), records with where they stand, limits."""
 
 
-def _content(path: Path, text: str) -> Any:
+def _content(path: Path, text: str, form: Form) -> Any:
+    if path.suffix == ".txt" and form == "auto":
+        raise WrongInput(f"{path.name} is read as lines when it comes with unwanted ones (--unwanted-file FILE)")
     if path.suffix != ".jsonl":
         return from_json(text, path.name)
     lines = enumerate(text.split("\n"), 1)
@@ -211,7 +218,14 @@ def _caa(path: Path, content: Any) -> Read:
         "gives the answer that matches the behaviour",
         "gives the answer that does not match the behaviour",
     )
-    return means, records, "Answers are letters of choices, or single words: free answers may take other forms."
+    limits = "Answers are letters of choices, or single words: free answers may take other forms."
+    answer, count = Counter(record["wanted"] for _, record in records).most_common(1)[0]
+    if count > LEANING * len(records):
+        limits += (
+            f" The matching answer is {answer} for {count} of {len(records)} questions: a direction made from them may "
+            "be that of the answer, not of the behaviour."
+        )
+    return means, records, limits
 
 
 def _pattern(answer: str) -> str:

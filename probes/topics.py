@@ -17,16 +17,16 @@ MAX_TOPICS, PER_TOPIC = 24, 3  # at least so many different texts a topic, on av
 
 
 def topics(texts: Sequence[str], *, seed: int = 0) -> list[str]:
-    """A topic for each text, such as "03 garden roses"; equal texts share one. Fewer than 6 different texts are one."""
+    """A topic for each text, such as "03 garden roses"; equal texts share one. Fewer than 6 that differ in words are one."""
     different = sorted(set(texts))
-    count = min(MAX_TOPICS, len(different) // PER_TOPIC)
+    count = min(MAX_TOPICS, len({frozenset(_words(text)) for text in different}) // PER_TOPIC)
     if count < 2:
         return ["all"] * len(texts)
     analyzer: Any = _words
     tfidf = TfidfVectorizer(analyzer=analyzer)
     vectors: Any = tfidf.fit_transform(different)
     starts: Any = 4
-    clusters = KMeans(min(count, len(set(vectors.indices))), n_init=starts, random_state=seed)
+    clusters = KMeans(count, n_init=starts, random_state=seed)
     labels = clusters.fit_predict(vectors)
     terms = tfidf.get_feature_names_out()
     heaviest = np.argsort(-clusters.cluster_centers_, axis=1, kind="stable")[:, :2]

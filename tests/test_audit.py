@@ -224,6 +224,10 @@ def test_counts_and_forms():
     assert (values["items"], values["groups"], values["forms"], values["items out of distribution"]) == (96, 9, 2, 2)
     assert values["items per group"] == pytest.approx(96 / 9)
     assert (found["items per group"].lower, found["items per group"].upper) == (10, 11)
+    assert values["held-out prompts"] == len(behavior.split()[1].items)
+    assert found["held-out prompts"].note == "in 4 groups; a verdict needs 24 in 5 groups: INCONCLUSIVE"
+    assert audit(read_behavior("sentiment"))["held-out prompts"].note == "in 6 groups; a verdict needs 24 in 5 groups"
+    assert audit(made(reordered, groups=1))["held-out prompts"].value == 0
     assert (values["topics shared with them"], found["topics shared with them"].note) == (1, "g1")
 
 

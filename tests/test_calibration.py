@@ -178,6 +178,11 @@ def test_what_each_case_decides_cannot_be_chosen(setting):
 @pytest.mark.parametrize("line", ["5", "{}", '{"name": "x"}', "not json"])
 def test_a_line_that_is_no_case_is_named(tmp_path, line):
     (tmp_path / CASES).write_text(f"{line}\n")
-    running.write_json(tmp_path / running.RECIPE, recipe(TINY))
+    config = CalibrationConfig()
+    running.write_json(tmp_path / running.RECIPE, recipe(config))
     with pytest.raises(WrongInput, match=r"line 1 of .* is not a case; remove the file to begin again"):
-        calibrate(TINY, out=tmp_path, progress=False)
+        calibrate(config, out=tmp_path, progress=False)
+    config = CalibrationConfig(gate=GateConfig(layers=(4,)))  # not among those of attn.heads
+    with pytest.raises(WrongInput, match=r"site 'attn.heads' does not exist at layer 4"):
+        calibrate(config, out=tmp_path / "new", progress=False)
+    assert not (tmp_path / "new").exists()

@@ -69,6 +69,14 @@ def test_ab_questions_keep_question_letters_and_sides(tmp_path):
     assert "Topics are clusters of words" in behavior.card["limits"]
 
 
+def test_a_card_warns_where_the_letter_is_the_behaviour(tmp_path):
+    fair = import_behavior(saved(tmp_path / "a.json", CAA))
+    assert "The matching answer is" not in fair.card["limits"]
+    leaning = [{**CAA[0], "question": f"{i}: {CAA[0]['question']}"} for i in range(9)]
+    warned = import_behavior(saved(tmp_path / "b.json", leaning))
+    assert "The matching answer is (B) for 9 of 9 questions" in warned.card["limits"]
+
+
 @pytest.mark.parametrize(
     ("answer", "side"),
     [
@@ -110,7 +118,9 @@ def test_a_trait_asks_every_question_under_every_pair_of_instructions(tmp_path):
 
 
 def test_a_trait_without_answers_says_what_is_missing_and_how_to_get_it(tmp_path):
-    with pytest.raises(WrongInput, match=r"^grumpy.json has questions .* but no answers: .*--model organism\)$"):
+    with pytest.raises(
+        WrongInput, match=r"^grumpy.json has questions .* but no answers: .*\(--answers FILE\), .*\(--model MODEL\)$"
+    ):
         import_behavior(saved(tmp_path / "grumpy.json", TRAIT))
 
 
@@ -307,9 +317,17 @@ def test_the_command_imports_lines_and_traits(mood, tmp_path, capsys):
     good, bad = pairs(tmp_path)
     assert command(capsys, "import", good, tmp_path / "p.jsonl", "--unwanted-file", bad, "--prompt", "Hm?")[0] == 0
     assert read_behavior(tmp_path / "p.jsonl").items[0].messages[0]["content"] == "Hm?"
+    words = ("import", good, tmp_path / "q.jsonl", "--unwanted-file", bad, "--language", "de")
+    assert command(capsys, *words)[0] == 0
+    assert read_behavior(tmp_path / "q.jsonl").language == "de"
+    code, _, error = command(capsys, "import", good, tmp_path / "r.jsonl")
+    assert (code, "good.txt is read as lines when it comes with unwanted ones (--unwanted-file FILE)" in error) == (
+        2,
+        True,
+    )
     code, _, error = command(capsys, "import", mood, tmp_path / "m.jsonl")
     assert (code, error.count("\n")) == (2, 1)
-    assert "--model organism" in error
+    assert "(--model MODEL)" in error
     words = ("import", mood, tmp_path / "m.jsonl", "--model", "organism", "--new-tokens", "12")
     assert command(capsys, *words)[0] == 0
     assert read_behavior(tmp_path / "m.jsonl").has_persona
@@ -324,6 +342,7 @@ def test_the_command_imports_lines_and_traits(mood, tmp_path, capsys):
         ),
         (["sentiment", "hedging"], "saw behaviors sentiment hedging"),
         (["sentiment", "--model", "organism"], "--model is an option of behaviors import"),
+        (["import", "a.json", "b.jsonl", "--language", ""], "language must be a non-empty text"),
         (["audit", "sentiment", "--format", "caa"], "--format is an option of behaviors import"),
         (
             ["import", "a.json", "b.jsonl", "--new-tokens", "3"],

@@ -213,7 +213,7 @@ def test_vectors_that_are_not_numbers_and_other_endings_are_refused(tiny, tmp_pa
     with pytest.raises(WrongInput, match=r"read from .safetensors or .gguf, saw 'v.pt'"):
         import_vectors(tmp_path / "v.pt", tiny)
     save_direction(drawn(64, layer=2), tmp_path / "d.safetensors", weights_hash=tiny.weights_hash)
-    with pytest.raises(WrongInput, match=r"a tensor is called 'vector', not direction.LAYER"):
+    with pytest.raises(WrongInput, match=r"is a run's own direction: export the run .*and import that"):
         import_vectors(tmp_path / "d.safetensors", tiny)
 
 
