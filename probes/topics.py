@@ -17,7 +17,7 @@ MAX_TOPICS, PER_TOPIC = 24, 3  # at least so many different texts a topic, on av
 
 
 def topics(texts: Sequence[str], *, seed: int = 0) -> list[str]:
-    """A topic for each text, such as "03 garden roses"; equal texts share one. Fewer than 6 with other words are one."""
+    """A topic for each text, such as "03 garden roses"; equal texts share one. Less than 6 with other words are one."""
     different = sorted(set(texts))
     count = min(MAX_TOPICS, len({frozenset(_words(text)) for text in different}) // PER_TOPIC)
     if count < 2:
