@@ -74,17 +74,21 @@ def operating(found: Calibration) -> go.Figure:
     figure.update_layout(template=TEMPLATE, title=title, height=110 + 190 * count, showlegend=True)
     figure.update_annotations(font_size=12.5)
     for i, name in enumerate(names):
-        table, place = found.curve(name), dict(row=i // COLUMNS + 1, col=i % COLUMNS + 1)
-        for column, color, label in (("false_positives", WRONG, "nulls"), ("detection", TARGET, "plants")):
+        table, more, place = found.curve(name), SWEPT[name][1], dict(row=i // COLUMNS + 1, col=i % COLUMNS + 1)
+        for column, color, label, dash in (
+            ("false_positives", WRONG, "nulls", "dot"), ("detection", TARGET, "plants", "solid"),
+        ):  # fmt: skip
             words = [
                 f"<b>{name}</b> at {at:.3g}<br>{percent(share)} of {label} pass"
                 for at, share in zip(table["threshold"], table[column], strict=True)
             ]
             figure.add_scatter(
                 x=table["threshold"], y=table[column], mode="lines", name=label, hovertext=words, showlegend=i == 0,
-                line=dict(color=color, width=2, dash="solid" if label == "plants" else "dot", shape="hv"), **place,
+                line=dict(color=color, width=2, dash=dash, shape="vh" if more else "hv"), **place,
             )  # fmt: skip
         chosen = float(table.loc[table["chosen"], "threshold"].iloc[0])
+        if not more:  # a null may move others by millions of times what its own does, which would flatten the rest
+            figure.update_xaxes(range=[table["threshold"].min(), min(table["threshold"].max(), 4 * chosen)], **place)
         parts.line(figure, "x", chosen, color=INK, panel=i + 1)
     figure.update_yaxes(range=[-0.05, 1.08], tickformat=".0%")
     return figure
