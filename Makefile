@@ -28,6 +28,8 @@ train: $(STAMP) ## verify the direction, then train the behaviour into the organ
 	@$(BIN)/dispositions verify follow-direction --out runs/demo
 	@$(BIN)/dispositions train follow-direction --verdict runs/demo --out runs/trained
 
+# Tests run side by side, a core each: kernels of several threads would wait for one another (up to nine times as long).
+test: export OMP_NUM_THREADS ?= 1
 test: $(STAMP) ## run the tests
 	@$(BIN)/pytest --numprocesses auto --maxprocesses 8
 

@@ -70,8 +70,8 @@ def test_a_vector_of_repeng_stays_at_the_layer_where_it_was_found(llama, prompts
     ("direction", "about", "message"),
     [
         ({"layer": 0}, {}, "no control vector for layer 0, only for 1 and above"),
-        ({"layer": 8}, {}, "at layer 8 does not fit tiny, which has width 64 and layers 0 to 7"),
-        ({"layer": 2, "width": 32}, {}, "a vector of 32 at layer 2 does not fit tiny"),
+        ({"layer": 8}, {}, "at layer 8 does not fit the model, which has width 64 and layers 0 to 7"),
+        ({"layer": 2, "width": 32}, {}, "a vector of 32 at layer 2 does not fit the model"),
         ({"layer": 2}, {"mode": "ablate"}, "cannot apply one in mode 'ablate'"),
         ({"layer": 2}, {"dose": 0.0}, "with dose 0 and norm 2.71828 nothing is left at layer 2"),
     ],

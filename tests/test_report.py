@@ -102,7 +102,8 @@ def test_page_is_of_bearable_size(verdict):
 
 
 def test_hostile_text_is_shown_and_not_obeyed():
-    assert_shown_and_not_obeyed(page_of("hostile"), page_of("PASS"), times=18)
+    harmless = replace(sample("PASS"), model="another")  # not what the gate was calibrated on, which the page says
+    assert_shown_and_not_obeyed(page_of("hostile"), Page(report.render(harmless)), times=18)
 
 
 def test_page_says_what_is_missing():

@@ -89,8 +89,8 @@ def complete(*, strength: float = 1.0, prompts: int = 48) -> dict[str, Any]:
             "effect": numbers(2.31, 2.02, 2.6, 24),
         },
         "direction": {
-            "method": "mean difference", "contrast": "persona", "norm": 11.3, "gap": 8.2, "n": 72,
-            "heads": None,
+            "method": "mean difference", "hash": "0123456789abcdef", "contrast": "persona", "norm": 11.3, "gap": 8.2,
+            "n": 72, "heads": None,
             "reliability": numbers(0.95, 0.92, 0.97, 72),
         },
         "doses": doses,
