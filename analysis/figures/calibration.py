@@ -88,7 +88,8 @@ def operating(found: Calibration) -> go.Figure:
             )  # fmt: skip
         chosen = float(table.loc[table["chosen"], "threshold"].iloc[0])
         if not more:  # a null may move others by millions of times what its own does, which would flatten the rest
-            figure.update_xaxes(range=[table["threshold"].min(), min(table["threshold"].max(), 4 * chosen)], **place)
+            shown = [table["threshold"].min(), min(table["threshold"].max(), 4 * chosen)]
+            figure.update_xaxes(range=shown, row=place["row"], col=place["col"])
         parts.line(figure, "x", chosen, color=INK, panel=i + 1)
     figure.update_yaxes(range=[-0.05, 1.08], tickformat=".0%")
     return figure
